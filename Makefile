@@ -1,0 +1,75 @@
+# `make` lists the targets. Everything is installed into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench-read train-read fonts clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## create .venv with regard in it
+
+demo: $(VENV)/.installed ## read the sample images, and draw what was seen where
+	@echo "Reading the images of samples/ with the model that comes with regard:"
+	@echo
+	@$(BIN)/regard read samples --draw demo
+	@echo
+	@echo "demo/ holds a picture for each: the image, and beside it each character where the model looked for it:"
+	@find demo -name '*.png' | sort | sed 's/^/  /'
+	@echo "Your own: $(BIN)/regard read IMAGE    More: $(BIN)/regard --help"
+
+test: $(VENV)/.installed-dev ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## put the code into its format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
+	$(BIN)/python benchmarks/read.py
+
+train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped
+	$(BIN)/regard train trainers/configs/image_text_slot_5m.yaml
+
+fonts: ## install the fonts that training and evaluation draw with (Debian, as root)
+	@if [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -q && xargs apt-get install -y -q --no-install-recommends < data/apt-packages.txt; \
+	else \
+	  echo "This needs root:"; \
+	  echo "  sudo apt-get update && xargs sudo apt-get install -y --no-install-recommends < data/apt-packages.txt"; \
+	  exit 1; \
+	fi
+
+clean: ## remove .venv, demo/ and what builds and tests leave behind
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Debian keeps what `python3 -m venv` needs in a package of its own.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "regard needs Python 3.11 or newer. If there is one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -y -q --no-install-recommends python3-venv; \
+	  else \
+	    echo "Python cannot make virtual environments yet. On Debian: sudo apt-get install python3-venv"; exit 1; \
+	  fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing regard into $(VENV) (some 2 GB; a few minutes the first time) ..."
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(PIP_INSTALL) --editable ".[$*]"
+	@touch $@

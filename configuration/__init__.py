@@ -1,0 +1,1 @@
+"""Configurations of the models: one declared, validated file each."""

@@ -1,0 +1,1 @@
+"""How well text was read: by characters, edits, whole texts and counts."""

@@ -1,0 +1,1 @@
+"""Checkpoints: each folder is a complete Hub repository; the default ones ship with the package."""

@@ -1,0 +1,1 @@
+"""The models, their shared layers and their attention."""

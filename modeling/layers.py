@@ -1,0 +1,54 @@
+"""Layers that several models share."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): drops the whole residual branch of a sample with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        keep = hidden_states.new_empty(hidden_states.shape[0], *[1] * (hidden_states.dim() - 1))
+        return hidden_states * keep.bernoulli_(1 - self.rate) / (1 - self.rate)
+
+
+class SwiGLU(nn.Module):
+    """Gated perceptron (Shazeer, 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+def sinusoidal_positions(positions: torch.Tensor, size: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sines and cosines of positions (Vaswani et al., 2017): `(...)` to `(..., size)`; `size` is even."""
+    frequencies = torch.arange(size // 2, device=positions.device, dtype=torch.float32) / (size // 2)
+    angles = positions.float()[..., None] * torch.exp(-math.log(max_period) * frequencies)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sinusoidal_positions_2d(height: int, width: int, size: int, device: torch.device) -> torch.Tensor:
+    """Positions of a grid, row by row: `(height * width, size)`, the first half of the channels for the rows.
+
+    Rows and columns are measured in 1/64 of the grid's sides, so that a larger image has the same range.
+    """
+    rows = sinusoidal_positions((torch.arange(height, device=device) + 0.5) * (64 / height), size // 2)
+    columns = sinusoidal_positions((torch.arange(width, device=device) + 0.5) * (64 / width), size // 2)
+    grid = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1)
+    return grid.flatten(0, 1)
+
+
+__all__ = ["DropPath", "SwiGLU", "sinusoidal_positions", "sinusoidal_positions_2d"]

@@ -1,0 +1,597 @@
+"""ImageTextSlot: reads all characters of an image in one pass, with their number.
+
+A ConvNeXt-style encoder turns the image into cells of 4x8 pixels; up to 1,024 slots, one a token, read them by
+cross-attention, all at once. What is unusual: the slots do not search. A head counts how many characters are centred in
+each cell and on which line the cell lies; adding the counts up in reading order gives each cell the index of its
+characters, and slot i looks where the index is i. The sum is the number of characters, so the counter and the reading
+agree. Slots see only their neighbours, so that those past the end of the text need not be computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.modeling.attention import Attention
+from regard.modeling.layers import DropPath, SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
+
+OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
+
+
+@dataclass
+class ImageTextSlotOutput(ModelOutput):
+    """
+    Args:
+        loss: weighted sum of the parts, a scalar; given `labels`.
+        loss_ce: cross-entropy of the slots.
+        loss_count: Huber loss of the number of tokens.
+        loss_cells: cross-entropy of the number of characters by cell, a character.
+        loss_lines: smooth L1 loss of the line positions, in cell heights.
+        loss_characters: cross-entropy of the characters named in their cells.
+        loss_look: negative log of the mean attention of each slot on its character's cell.
+        logits: `(batch, slots, vocab_size)`.
+        count_pred: expected number of tokens, start and end included, `(batch, 1)`.
+        occupancy: expected number of characters in each cell, `(batch, cells)`; None with a pooled counter.
+        hidden_states: slots after each decoder step, `(batch, slots, hidden_size)`, on request.
+        attentions: cross-attention `(batch, heads, slots, memory)` of each decoder step, on request (eager only); the
+            memory is the cells row by row, then, where cells are counted, the start and the end.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_ce: torch.Tensor | None = None
+    loss_count: torch.Tensor | None = None
+    loss_cells: torch.Tensor | None = None
+    loss_lines: torch.Tensor | None = None
+    loss_characters: torch.Tensor | None = None
+    loss_look: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    count_pred: torch.Tensor | None = None
+    occupancy: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ImageTextSlotReading(ModelOutput):
+    """
+    Args:
+        sequences: for each image the token ids `(tokens,)`, start and end included.
+        scores: for each image the probability of each of these tokens, `(tokens,)`.
+        boxes: for each image the region each token was read from, `(tokens, 4)`: left, top, right, bottom as shares of
+            the square image; NaN for start and end.
+        count_pred: `(batch, 1)`, as in `ImageTextSlotOutput`.
+    """
+
+    sequences: list[torch.Tensor] | None = None
+    scores: list[torch.Tensor] | None = None
+    boxes: list[torch.Tensor] | None = None
+    count_pred: torch.Tensor | None = None
+
+
+class ConvBlock(GradientCheckpointingLayer):
+    """ConvNeXt's residual block (Liu et al., 2022), depth-wise or dense; `(batch, channels, height, width)`."""
+
+    def __init__(self, config, hidden_size: int, drop_path_rate: float):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            hidden_size,
+            hidden_size,
+            config.kernel_size,
+            padding=config.kernel_size // 2,
+            groups=hidden_size if config.depthwise else 1,
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(hidden_size, config.expansion * hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.expansion * hidden_size, hidden_size)
+        self.layer_scale = nn.Parameter(torch.full((hidden_size,), config.layer_scale_init_value))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Depth-wise convolutions are several times slower in bfloat16 than in float32 on a CPU.
+        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and self.conv.groups == 1):
+            branch = self.conv(hidden_states.to(self.conv.weight.dtype) if self.conv.groups > 1 else hidden_states)
+        branch = self.norm(branch.permute(0, 2, 3, 1))  # (batch, height, width, channels)
+        branch = self.down_proj(self.activation(self.up_proj(branch))) * self.layer_scale
+        return hidden_states + self.drop_path(branch.permute(0, 3, 1, 2))
+
+
+class ContextLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer over all cells of a stage; `(batch, cells, channels)`."""
+
+    def __init__(self, config, encoder_config):
+        super().__init__()
+        hidden_size = encoder_config.hidden_sizes[-1]
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=encoder_config.layer_norm_eps)
+        self.attention = Attention(config, hidden_size, encoder_config.num_attention_heads)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=encoder_config.layer_norm_eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, encoder_config.context_expansion * hidden_size),
+            ACT2FN[encoder_config.hidden_act],
+            nn.Linear(encoder_config.context_expansion * hidden_size, hidden_size),
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))[0]
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of `(batch, channels, height, width)`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ImageTextSlotEncoder(nn.Module):
+    """Image `(batch, channels, height, width)` to the memory stage's features `(batch, dim, rows, columns)`."""
+
+    def __init__(self, config: ImageTextSlotConfig):
+        super().__init__()
+        encoder = config.encoder_config
+        rates = torch.linspace(0, encoder.drop_path_rate, sum(encoder.depths) + encoder.fusion_depth).tolist()
+        self.memory_stage = encoder.memory_stage
+        self.entries, self.stages = nn.ModuleList(), nn.ModuleList()
+        previous = encoder.num_channels
+        for stage, (hidden_size, depth, stride) in enumerate(
+            zip(encoder.hidden_sizes, encoder.depths, encoder.strides, strict=True)
+        ):
+            if stage == 0:
+                kernel = encoder.stem_kernel_size
+                padding = tuple((kernel - step + 1) // 2 for step in stride)
+                conv = nn.Conv2d(previous, hidden_size, kernel, tuple(stride), padding)
+                entry = nn.Sequential(conv, ChannelNorm(hidden_size, eps=encoder.layer_norm_eps))
+            else:
+                conv = nn.Conv2d(previous, hidden_size, tuple(stride), tuple(stride))
+                entry = nn.Sequential(ChannelNorm(previous, eps=encoder.layer_norm_eps), conv)
+            self.entries.append(entry)
+            self.stages.append(nn.Sequential(*[ConvBlock(encoder, hidden_size, rates.pop(0)) for _ in range(depth)]))
+            previous = hidden_size
+        self.context = nn.ModuleList([ContextLayer(config, encoder) for _ in range(encoder.num_context_layers)])
+        memory_size = encoder.hidden_sizes[encoder.memory_stage]
+        last = len(encoder.hidden_sizes) - 1
+        self.context_norm = nn.LayerNorm(previous, eps=encoder.layer_norm_eps) if self.memory_stage < last else None
+        self.context_proj = nn.Linear(previous, memory_size) if self.memory_stage < last else None
+        self.fusion = nn.Sequential(
+            *[ConvBlock(encoder, memory_size, rates.pop(0)) for _ in range(encoder.fusion_depth)]
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states, memory = pixel_values, pixel_values
+        for index, (entry, stage) in enumerate(zip(self.entries, self.stages, strict=True)):
+            hidden_states = stage(entry(hidden_states))
+            if index == self.memory_stage:
+                memory = hidden_states
+        if self.context:
+            height, width = hidden_states.shape[2:]
+            cells = hidden_states.flatten(2).transpose(1, 2)  # (batch, cells, channels)
+            cells = cells + sinusoidal_positions_2d(height, width, cells.shape[-1], cells.device).to(cells.dtype)
+            for layer in self.context:
+                cells = layer(cells)
+            hidden_states = cells.transpose(1, 2).unflatten(2, (height, width))
+        if self.context_proj is None:
+            return self.fusion(hidden_states)
+        context = self.context_proj(self.context_norm(hidden_states.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.fusion(memory + nn.functional.interpolate(context, memory.shape[2:], mode="nearest"))
+
+
+class CellCounter(nn.Module):
+    """Counts the characters of each cell and finds the line they stand on."""
+
+    def __init__(self, config: ImageTextSlotConfig, hidden_size: int):
+        super().__init__()
+        self.max_per_cell = config.counter_config.max_per_cell
+        self.line_tolerance = config.counter_config.line_tolerance
+        self.proj = nn.Linear(hidden_size, self.max_per_cell + 2)
+
+    def forward(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory `(batch, cells, hidden_size)` to the logits of 0 .. `max_per_cell` characters `(batch, cells,
+        max_per_cell + 1)` and the line's distance below the cell's centre, in cell heights, `(batch, cells)`."""
+        with torch.autocast(memory.device.type, enabled=False):  # what is added up over all cells needs its last digits
+            output = nn.functional.linear(memory.float(), self.proj.weight.float(), self.proj.bias.float())
+        return output[..., :-1], output[..., -1]
+
+    def expected(self, logits: torch.Tensor) -> torch.Tensor:
+        """Expected number of characters by cell, `(batch, cells)`."""
+        numbers = torch.arange(self.max_per_cell + 1, device=logits.device, dtype=logits.dtype)
+        return (logits.softmax(-1) * numbers).sum(-1)
+
+    @torch.no_grad()
+    def coordinates(self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Index of the token that each cell holds, `(batch, cells)`; the start token has index 0, and a cell that holds
+        several tokens lies between them. A character stands before another if its line is higher, or if the lines are
+        one and its column is further left. Lines are compared where they cross the image's vertical middle.
+        """
+        cells = torch.arange(rows * columns, device=occupancy.device)
+        row, column = cells // columns, cells % columns
+        line = row + line_offset
+        below = line[:, :, None] - line[:, None, :]  # (batch, cells, cells): how far the first lies below the second
+        left = 0.5 + 0.5 * (column[:, None] - column[None, :]).clamp(-1, 1)  # 1: the second lies further left
+        before = torch.where(below.abs() <= self.line_tolerance, left, (below > 0).to(left.dtype))
+        with torch.autocast(occupancy.device.type, enabled=False):
+            return torch.einsum("bij,bj->bi", before, occupancy) + 0.5
+
+
+class SlotDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm: each slot looks at the memory, then at its neighbours, then thinks."""
+
+    def __init__(self, config: ImageTextSlotConfig):
+        super().__init__()
+        slot = config.slot_config
+        self.cross_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attention = Attention(config, slot.hidden_size, slot.num_attention_heads)
+        self.mixing = Attention(config, slot.hidden_size, slot.num_attention_heads) if slot.mixing_radius else None
+        self.mixing_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps) if slot.mixing_radius else None
+        self.mlp_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SwiGLU(slot.hidden_size, slot.intermediate_size)
+
+    def forward(
+        self,
+        slots: torch.Tensor,
+        memory: tuple[torch.Tensor, torch.Tensor],
+        position_bias: torch.Tensor | None,
+        neighbours: torch.Tensor | None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        looked, weights = self.cross_attention(
+            self.cross_norm(slots), memory, attention_mask=position_bias, need_weights=need_weights
+        )
+        slots = slots + looked
+        if self.mixing is not None:
+            slots = slots + self.mixing(self.mixing_norm(slots), attention_mask=neighbours)[0]
+        return slots + self.mlp(self.mlp_norm(slots)), weights
+
+
+class ImageTextSlotPreTrainedModel(PreTrainedModel):
+    config: ImageTextSlotConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means of their own
+    _no_split_modules = ["ConvBlock", "ContextLayer", "SlotDecoderLayer"]
+    _supports_sdpa = True  # flash and flex attention take no dense additive bias
+    _can_record_outputs = {
+        "hidden_states": SlotDecoderLayer,
+        "attentions": OutputRecorder(Attention, index=1, layer_name="cross_attention"),
+    }
+    no_weight_decay = ("slots", "boundaries")  # learned tokens, read by regard's trainers
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, ConvBlock):
+            init.constant_(module.layer_scale, self.config.encoder_config.layer_scale_init_value)
+        elif isinstance(module, ImageTextSlotModel):
+            init.trunc_normal_(module.slots, std=std)
+            if module.boundaries is not None:
+                init.trunc_normal_(module.boundaries, std=std)
+
+
+class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
+    """Image to text: encoder, counter, slots and the classifier of their tokens."""
+
+    def __init__(self, config: ImageTextSlotConfig):
+        super().__init__(config)
+        encoder, slot = config.encoder_config, config.slot_config
+        memory_size = encoder.hidden_sizes[encoder.memory_stage]
+        self.encoder = ImageTextSlotEncoder(config)
+        self.memory_norm = nn.LayerNorm(memory_size, eps=config.layer_norm_eps)
+        self.memory_proj = nn.Linear(memory_size, slot.hidden_size)
+        self.counts_cells = config.counter_config.source == "cells"
+        self.counter = CellCounter(config, memory_size) if self.counts_cells else nn.Linear(memory_size, 1)
+        self.slots = nn.Parameter(torch.zeros(config.num_slots, slot.hidden_size))
+        guided = slot.position_sharpness > 0
+        self.boundaries = nn.Parameter(torch.zeros(2, slot.hidden_size)) if guided else None  # start, end of the text
+        self.distance_proj = nn.Linear(6, slot.hidden_size) if guided else None
+        self.decoder = SlotDecoderLayer(config)
+        self.slot_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(slot.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        """Memory `(batch, cells, memory_size)` of an image `(batch, channels, height, width)`, its rows and columns.
+
+        Raises:
+            ValueError: the image has another number of channels, or sides that the encoder's stride does not divide.
+        """
+        encoder = self.config.encoder_config
+        height, width = encoder.total_stride
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != encoder.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {encoder.num_channels}, height, width), got {tuple(pixel_values.shape)}."
+            )
+        if pixel_values.shape[2] % height or pixel_values.shape[3] % width:
+            raise ValueError(
+                f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {height} and {width}; resize the image."
+            )
+        features = self.encoder(pixel_values.to(self.memory_proj.weight.dtype))
+        memory = self.memory_norm(features.flatten(2).transpose(1, 2))  # (batch, cells, memory_size)
+        return memory, features.shape[2], features.shape[3]
+
+    def _decode(
+        self,
+        memory: torch.Tensor,
+        grid: list[int],
+        num_slots: int,
+        gaze: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `(batch, slots, vocab_size)` of the first slots and the weights of their last look.
+
+        `gaze` says where the slots are to look: coordinates and occupancy of the cells `(batch, cells)` and number of
+        tokens `(batch, 1)`.
+        """
+        slot = self.config.slot_config
+        index = torch.arange(num_slots, device=memory.device)
+        slots = self.slots[:num_slots]
+        if slot.slot_positions:
+            slots = slots + sinusoidal_positions(index, slot.hidden_size).to(slots.dtype)
+        slots = slots.expand(memory.shape[0], -1, -1)
+        values = self.memory_proj(memory)
+        keys = values + sinusoidal_positions_2d(*grid, values.shape[-1], values.device).to(values.dtype)
+        position_bias = None
+        if gaze is not None:
+            boundaries = self.boundaries.to(values.dtype).expand(memory.shape[0], -1, -1)
+            keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
+            position_bias, distance = self._gaze(*gaze, index)
+            slots = slots + self.distance_proj(distance.to(slots.dtype))
+            position_bias = position_bias[:, None]  # (batch, 1, slots, memory): the same for all heads
+        neighbours = None
+        if slot.mixing_radius:
+            far = (index[:, None] - index[None, :]).abs() > slot.mixing_radius
+            neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(values.dtype).min)[
+                None, None
+            ]
+        memory_states = self.decoder.cross_attention.project_memory(keys, values)
+        weights = None
+        for _ in range(slot.num_decoder_steps):
+            slots, weights = self.decoder(slots, memory_states, position_bias, neighbours, need_weights)
+        return self.classifier(self.slot_norm(slots)), weights
+
+    def _gaze(
+        self, coordinates: torch.Tensor, occupancy: torch.Tensor, count: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bias of each slot's attention `(batch, slots, memory)` and what the slot is told of its distance to the
+        place it is sent to, `(batch, slots, 6)`. The memory is the cells, then the start, then the end of the text."""
+        start = torch.zeros_like(count)
+        coordinates = torch.cat((coordinates, start, count - 1), dim=1)[:, None]  # (batch, 1, memory)
+        occupancy = torch.cat((occupancy, start + 1, start + 1), dim=1)[:, None]
+        offset = index[None, :, None] - coordinates  # (batch, slots, memory)
+        outside = (offset.abs() - ((occupancy - 1) / 2).clamp(min=0)).clamp(min=0)
+        bias = occupancy.clamp(OCCUPANCY_FLOOR, 1).log() - self.config.slot_config.position_sharpness * outside.square()
+        distance = (bias.softmax(-1) * offset).sum(-1, keepdim=True).clamp(-2, 2)  # (batch, slots, 1)
+        waves = distance * torch.tensor([0.5, 1.0, 2.0], device=distance.device) * torch.pi
+        return bias, torch.cat((waves.sin(), waves.cos()), dim=-1)
+
+    def _count(
+        self, memory: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Number of tokens `(batch, 1)`; where cells are counted also their logits, line offsets and occupancy."""
+        if not self.counts_cells:
+            return self.counter(memory.mean(1)).float(), None, None, None
+        logits, line_offset = self.counter(memory)
+        occupancy = self.counter.expected(logits)
+        return occupancy.sum(1, keepdim=True) + 2, logits, line_offset, occupancy
+
+    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        character_positions: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ImageTextSlotOutput:
+        """
+        Args:
+            pixel_values: `(batch, 1, height, width)`.
+            labels: token ids `(batch, tokens)` from start to end, then -100; as many slots are computed as there are
+                columns, all `num_slots` without labels.
+            attention_mask: 1 for a real token, `(batch, tokens)`; from the labels if not given.
+            character_positions: for each token the horizontal and vertical centre of its character, and the height of
+                its line at the vertical middle, as shares of the image `(batch, tokens, 3)`; -1 where unknown.
+        """
+        memory, *grid = self.encode(pixel_values)
+        count_pred, count_logits, line_offset, occupancy = self._count(memory)
+        targets = None
+        if labels is not None:
+            if labels.shape[1] > self.config.num_slots:
+                raise ValueError(f"labels have {labels.shape[1]} columns, the model {self.config.num_slots} slots.")
+            attention_mask = labels.ge(0) if attention_mask is None else attention_mask
+            if self.counts_cells and character_positions is not None:
+                targets = self._cell_targets(character_positions, labels, grid)
+        gaze = None
+        if self.config.slot_config.position_sharpness > 0:
+            if self.training and targets is not None:
+                gaze = self._teach(targets, attention_mask, occupancy.detach(), line_offset, grid)
+            else:
+                coordinates = self.counter.coordinates(occupancy, line_offset, *grid)
+                gaze = (coordinates, occupancy.detach(), count_pred.detach())
+        num_slots = self.config.num_slots if labels is None else labels.shape[1]
+        need_weights = targets is not None and self.config.look_loss_weight > 0
+        logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights)
+        losses = {}
+        if labels is not None:
+            looked = weights if need_weights else None
+            losses = self._losses(
+                logits, labels, attention_mask, count_pred, memory, count_logits, line_offset, targets, looked
+            )
+        return ImageTextSlotOutput(**losses, logits=logits, count_pred=count_pred, occupancy=occupancy)
+
+    def _cell_targets(
+        self, positions: torch.Tensor, labels: torch.Tensor, grid: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the line
+        below the cell's centre in cell heights), `characters` (the token where there is but one, else -100); besides
+        `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
+        rows, columns = grid
+        row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
+        column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)
+        placed = positions[..., 0].ge(0)  # (batch, tokens)
+        cell = torch.where(placed, row * columns + column, -1).long()
+        target = torch.where(placed, cell, rows * columns)  # the unplaced go to a cell of their own, cut off below
+        index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+
+        def per_cell(values: torch.Tensor) -> torch.Tensor:
+            sums = values.new_zeros(labels.shape[0], rows * columns + 1)
+            return sums.scatter_add(1, target, values)[:, :-1]
+
+        counts = per_cell(placed.float())
+        line = positions[..., 2] * rows - row - 0.5
+        return {
+            "counts": counts,
+            "coordinates": per_cell(index.float() * placed) / counts.clamp(min=1),
+            "lines": per_cell(line * placed) / counts.clamp(min=1),
+            "characters": torch.where(counts == 1, per_cell(labels.clamp(min=0).float()).long(), -100),
+            "cell": cell,
+            "known": placed.any(1),
+        }
+
+    def _teach(
+        self,
+        targets: dict[str, torch.Tensor],
+        attention_mask: torch.Tensor,
+        occupancy: torch.Tensor,
+        line_offset: torch.Tensor,
+        grid: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the slots are sent in training: to the true places, but in the share `1 - teacher_forcing` of the
+        images (and where the true ones are unknown) to the predicted ones, unless these are more than half a character
+        off. Returns coordinates, occupancy (both `(batch, cells)`) and number of tokens `(batch, 1)`."""
+        coordinates, counts = targets["coordinates"].clone(), targets["counts"].clone()
+        count = attention_mask.sum(1, keepdim=True).to(counts.dtype)
+        free = (torch.rand(len(counts), device=counts.device) >= self.config.teacher_forcing) | ~targets["known"]
+        predicted = self.counter.coordinates(occupancy[free], line_offset[free], *grid)
+        count_pred = occupancy[free].sum(1, keepdim=True) + 2
+        error = (predicted - coordinates[free]).abs().masked_fill(counts[free] == 0, 0).amax(1, keepdim=True)
+        close = (torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5) | ~targets["known"][free, None]
+        coordinates[free] = torch.where(close, predicted, coordinates[free])
+        counts[free] = torch.where(close, occupancy[free], counts[free])
+        count[free] = torch.where(close, count_pred, count[free])
+        return coordinates, counts, count
+
+    def _losses(
+        self, logits, labels, attention_mask, count_pred, memory, count_logits, line_offset, targets, weights
+    ) -> dict[str, torch.Tensor]:
+        config, counter = self.config, self.config.counter_config
+        losses = {"loss_ce": self._slot_loss(logits, labels)}
+        count = attention_mask.sum(1, keepdim=True).to(count_pred.dtype)
+        scale = count.sqrt() if counter.normalize_loss else 1.0
+        losses["loss_count"] = nn.functional.huber_loss(count_pred / scale, count / scale)
+        loss = losses["loss_ce"] + counter.loss_weight * losses["loss_count"]
+        if targets is not None:
+            counts, known = targets["counts"], targets["known"]
+            occupied = counts > 0
+            characters = counts.sum().clamp(min=1)
+            number = counts.clamp(max=counter.max_per_cell).long().masked_fill(~known[:, None], -100)
+            cells = nn.functional.cross_entropy(count_logits.flatten(0, 1), number.flatten(), reduction="sum")
+            losses["loss_cells"] = cells / characters
+            lines = nn.functional.smooth_l1_loss(line_offset, targets["lines"], reduction="none")
+            losses["loss_lines"] = (lines * occupied).sum() / occupied.sum().clamp(min=1)
+            loss = loss + config.cell_loss_weight * losses["loss_cells"]
+            loss = loss + config.line_loss_weight * losses["loss_lines"]
+            if config.character_loss_weight:
+                single = targets["characters"] != -100
+                named = self.classifier(self.slot_norm(self.memory_proj(memory[single]))).float()
+                cross_entropy = nn.functional.cross_entropy(named, targets["characters"][single], reduction="sum")
+                losses["loss_characters"] = cross_entropy / single.sum().clamp(min=1)
+                loss = loss + config.character_loss_weight * losses["loss_characters"]
+            if weights is not None:
+                placed = targets["cell"] >= 0
+                look = weights.mean(1).gather(2, targets["cell"].clamp(min=0)[..., None]).squeeze(-1)  # (batch, slots)
+                look = -(look.float().clamp(min=1e-6).log() * placed).sum() / placed.sum().clamp(min=1)
+                losses["loss_look"] = look
+                loss = loss + config.look_loss_weight * look
+        return {"loss": loss, **losses}
+
+    def _slot_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the real tokens; the first slots after the end count a little, as padding."""
+        config = self.config
+        real = labels >= 0
+        ended = (~real).cumsum(1)
+        padded = ~real & (ended <= config.pad_slots)
+        weight = real.float() + config.pad_loss_weight * padded
+        loss = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            torch.where(real, labels, config.pad_token_id).flatten(),
+            reduction="none",
+            label_smoothing=config.label_smoothing,
+        )
+        return (loss * weight.flatten()).sum() / weight.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def read(self, pixel_values: torch.Tensor, max_slots: int | None = None) -> ImageTextSlotReading:
+        """Read images `(batch, 1, height, width)`: their tokens, how sure each is and where it was seen.
+
+        Only the slots that the predicted number asks for are computed, with as many more as their neighbours can
+        feel; the result is that of computing all.
+
+        Args:
+            max_slots: most tokens of one image; `num_slots` if None.
+        """
+        config = self.config
+        limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
+        memory, *grid = self.encode(pixel_values)
+        count_pred, _, line_offset, occupancy = self._count(memory)
+        gaze = None
+        if config.slot_config.position_sharpness > 0:
+            gaze = (self.counter.coordinates(occupancy, line_offset, *grid), occupancy, count_pred)
+        length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
+        margin = config.slot_config.mixing_radius * config.slot_config.num_decoder_steps
+        num_slots = min(int(length.max()) + margin + 2, config.num_slots)
+        logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights=True)
+        scores, tokens = logits.float().softmax(-1).max(-1)
+        boxes = self._regions(weights.float().mean(1), *grid)
+        if self.counts_cells:  # the end token and the counter agree but for rounding: the token decides
+            reach = length + 2
+            index = torch.arange(num_slots, device=tokens.device)
+            ends = (tokens == config.eos_token_id) & (index < reach)
+            first = torch.where(ends.any(1), ends.int().argmax(1) + 1, length[:, 0])
+            length = first.clamp(max=limit)[:, None]
+        cut = [int(n) for n in length[:, 0]]
+        special = (tokens == config.bos_token_id) | (tokens == config.eos_token_id)
+        boxes = boxes.masked_fill(special[..., None], torch.nan)
+        return ImageTextSlotReading(
+            sequences=[row[:n] for row, n in zip(tokens, cut, strict=True)],
+            scores=[row[:n] for row, n in zip(scores, cut, strict=True)],
+            boxes=[row[:n] for row, n in zip(boxes, cut, strict=True)],
+            count_pred=count_pred,
+        )
+
+    def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
+        """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.
+
+        Raises:
+            ValueError: an option of decoding loops (`num_beams`, ...) is given: there is no loop here.
+        """
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: ImageTextSlot reads in one pass and has no such option.")
+        return self.read(pixel_values, max_slots=max_slots).sequences
+
+    @staticmethod
+    def _regions(weights: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Boxes `(batch, slots, 4)` around what each slot looked at, from weights `(batch, slots, memory)`: the mean
+        of the cells' centres and their spread, at least one cell."""
+        cells = torch.arange(rows * columns, device=weights.device)
+        centre = torch.stack(((cells % columns + 0.5) / columns, (cells // columns + 0.5) / rows), dim=-1)
+        weights = weights[..., : rows * columns]
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        mean = weights @ centre  # (batch, slots, 2)
+        variance = (weights @ centre.square() - mean.square()).clamp(min=0)
+        half = variance.sqrt() + centre.new_tensor([0.5 / columns, 0.5 / rows])
+        return torch.cat((mean - half, mean + half), dim=-1).clamp(0, 1)
+
+
+__all__ = ["ImageTextSlotModel", "ImageTextSlotOutput", "ImageTextSlotPreTrainedModel", "ImageTextSlotReading"]

@@ -1,0 +1,1 @@
+"""Tasks for transformers.pipeline, one file each."""

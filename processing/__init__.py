@@ -1,0 +1,1 @@
+"""Image processors, tokenizers and processors: from files to tensors and back."""

@@ -1,0 +1,86 @@
+"""Draws the images of this folder and their `metadata.jsonl`: `python samples/make_samples.py`.
+
+Four are of the test split of `regard.data.rendered_text`, four are drawn here in the manner of photographs and screens,
+in fonts of the test split. All are the work of this repository, under its licence.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from regard.data.rendered_text import FONTS_TABLE, RenderedTextDataset, _find_fonts, _fonts_dirs
+
+FOLDER = Path(__file__).parent
+GENERATED = {"line": ("line", 28), "block": ("block", 21), "noisy": ("noisy", 28), "light_on_dark": ("block", 22)}
+
+
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    paths = {
+        Path(path).name: path for family in _find_fonts("test", _fonts_dirs(None), str(FONTS_TABLE)) for path in family
+    }
+    return ImageFont.truetype(paths[name], size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def photographed(image: Image.Image, seed: int, angle: float, noise: float, shade: float) -> Image.Image:
+    """Tilted, out of focus, lit from one side, with sensor noise."""
+    image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=image.getpixel((2, 2)))
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.8)), np.float32)
+    pixels *= np.linspace(1, 1 - shade, pixels.shape[1], dtype=np.float32)[None, :, None]
+    pixels += noise * np.random.default_rng(seed).standard_normal(pixels.shape, np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def sign() -> tuple[Image.Image, str]:
+    image = Image.new("RGB", (360, 240), (96, 118, 104))
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle((34, 40, 326, 200), 14, (238, 236, 226), (60, 60, 60), 4)
+    draw.text((180, 88), "NO ENTRY", (150, 24, 28), font("Roboto-Bold.ttf", 52), "mm")
+    draw.text((180, 150), "Staff only", (40, 40, 40), font("Roboto-Regular.ttf", 44), "mm")
+    return photographed(image, 1, 2.0, 5, 0.25), "NO ENTRY\nStaff only"
+
+
+def receipt() -> tuple[Image.Image, str]:
+    text = "2 Coffee 5.80\n1 Cake 3.25\n1 Juice 2.90\nTOTAL 11.95"
+    image = Image.new("RGB", (360, 250), (226, 222, 210))
+    ImageDraw.Draw(image).multiline_text(
+        (22, 24), text, (58, 56, 60), font("LiberationMono-Regular.ttf", 40), spacing=10
+    )
+    return photographed(image, 2, -1.0, 6, 0.15), text
+
+
+def label() -> tuple[Image.Image, str]:
+    text = "FRAGILE\nHandle with care\nLot 4027-B"
+    image = Image.new("RGB", (300, 220), (201, 168, 120))
+    draw = ImageDraw.Draw(image)
+    draw.text((150, 52), "FRAGILE", (52, 34, 22), font("RobotoSlab-Bold.otf", 48), "mm")
+    draw.text((150, 116), "Handle with care", (52, 34, 22), font("Caladea-Regular.ttf", 36), "mm")
+    draw.text((150, 172), "Lot 4027-B", (52, 34, 22), font("Caladea-Bold.ttf", 36), "mm")
+    return photographed(image, 3, 1.0, 8, 0.2), text
+
+
+def screen() -> tuple[Image.Image, str]:
+    image = Image.new("RGB", (400, 120), (32, 34, 40))
+    draw = ImageDraw.Draw(image)
+    draw.text((18, 18), "Settings > Display", (235, 235, 238), font("Carlito-Regular.ttf", 42))
+    draw.text((18, 68), "Brightness: 75 %", (150, 190, 240), font("Carlito-Regular.ttf", 40))
+    return image, "Settings > Display\nBrightness: 75 %"
+
+
+def main() -> None:
+    rows = []
+    for name, (tier, index) in GENERATED.items():
+        sample = RenderedTextDataset("test", tier, seed=2026)[index]
+        sample["pixel_values"].save(FOLDER / f"{name}.png", optimize=True)
+        rows.append({"file_name": f"{name}.png", "text": sample["text"]})
+    for draw in (sign, receipt, label, screen):
+        image, text = draw()
+        file_name = f"{draw.__name__}.{'png' if draw is screen else 'jpg'}"
+        image.save(FOLDER / file_name, quality=88, optimize=True)
+        rows.append({"file_name": file_name, "text": text})
+    (FOLDER / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""regard: small vision models, native to transformers, that say where they look.
+
+Importing it makes its models loadable by transformers' Auto classes and `pipeline`. Trainers, metrics and data sets
+are imported from their own modules, because they are heavy and inference does without them.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.pipelines.text_recognition import TextRecognitionPipeline
+from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
+from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
+from regard.processing.tokenization_byte import build_byte_tokenizer
+
+__version__ = "0.1.0"
+
+AutoConfig.register("image_text_slot", ImageTextSlotConfig)
+AutoModel.register(ImageTextSlotConfig, ImageTextSlotModel)
+AutoImageProcessor.register(ImageTextSlotConfig, image_processor_classes={"pil": ImageTextSlotImageProcessor})
+AutoProcessor.register(ImageTextSlotConfig, ImageTextSlotProcessor)  # AutoTokenizer needs no class: tokenizer.json
+PIPELINE_REGISTRY.register_pipeline("text-recognition", TextRecognitionPipeline, pt_model=AutoModel, type="image")
+
+__all__ = [
+    "ImageTextSlotConfig",
+    "ImageTextSlotImageProcessor",
+    "ImageTextSlotModel",
+    "ImageTextSlotProcessor",
+    "TextRecognitionPipeline",
+    "build_byte_tokenizer",
+]

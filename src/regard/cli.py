@@ -1,0 +1,285 @@
+"""`regard read`: images to text, batch by batch, as text, JSON Lines or CSV. Its arguments stand in `regard_cli`."""
+
+import argparse
+import csv
+import gc
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from regard.hub import CheckpointError, load
+from regard.processing.image_io import ImageReadError, find_images, open_image
+from regard.visualize import draw_reading
+from regard_cli import EXIT_FAILED, EXIT_OK, EXIT_PARTIAL
+
+_ADDRESSES = ("http://", "https://")
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def read(options: argparse.Namespace) -> int:
+    """Run `regard read` and return its exit code."""
+    quiet_transformers()
+    sources, failed = list_sources(options.images)
+    if not sources:
+        return EXIT_FAILED
+    try:
+        reader = Reader(options.model, options.device, options.threads, options.batch_size)
+    except CheckpointError as error:
+        complain(error)
+        return EXIT_FAILED
+    drawings = name_drawings(sources, Path(options.draw)) if options.draw else None
+    succeeded = 0
+    try:
+        with open_output(options.output) as stream, progress_bar(len(sources)) as bar:
+            write = WRITERS[options.form](stream, several=len(sources) + failed > 1)
+            for index, result in reader.read_files(sources):
+                if isinstance(result, Exception):
+                    complain(result)
+                else:
+                    with above_progress_bar():
+                        write(str(sources[index]), result)
+                        stream.flush()
+                    succeeded += 1
+                    if drawings:
+                        draw(sources[index], result, drawings[index])
+                bar.update()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of the output or a drawing; those of images are results
+        complain(f"{error.filename or 'output'}: cannot be written ({error.strerror}); choose another place")
+        return EXIT_PARTIAL if succeeded else EXIT_FAILED
+    if not succeeded:
+        return EXIT_FAILED
+    return EXIT_OK if succeeded == len(sources) and not failed else EXIT_PARTIAL
+
+
+class Reader:
+    """A model that reads images in batches, and goes on with half the batch when memory does not suffice.
+
+    Args:
+        model, device: see `regard.hub.load`.
+        threads: CPU threads; None leaves PyTorch's choice.
+        batch_size: images at a time.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or is not one that reads text.
+    """
+
+    def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model, self.processor = load(model, "read", device)
+        self.batch_size = batch_size
+        if not callable(getattr(self.model, "read", None)):
+            raise CheckpointError(f"{model}: a {self.model.config.model_type} model does not read text; name another")
+
+    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """An image as pixel values (1, 1, size, size), and its height and width."""
+        return self.processor(images=image, return_tensors="pt")["pixel_values"], (image.height, image.width)
+
+    def read(self, prepared: list[tuple[torch.Tensor, tuple[int, int]]]) -> list[dict[str, Any] | MemoryError]:
+        """Read images from `prepare`, `batch_size` at a time.
+
+        Returns:
+            For each `{"text", "score", "characters", "count"}`: what `post_process` gives, and the predicted number of
+            the text's bytes; or MemoryError where memory does not suffice for a single image.
+        """
+        results: list[dict[str, Any] | MemoryError] = []
+        while len(results) < len(prepared):
+            part = prepared[len(results) : len(results) + self.batch_size]
+            try:
+                results += self._read_part(part)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory()  # out of the handler, where the error no longer holds the batch's tensors
+            if len(part) == 1:
+                results.append(MemoryError("not enough memory for a single image; choose another --device"))
+            else:
+                self.batch_size = len(part) // 2
+                complain(f"not enough memory for {len(part)} images at a time; going on with {self.batch_size}")
+        return results
+
+    @torch.inference_mode()
+    def _read_part(self, part: list[tuple[torch.Tensor, tuple[int, int]]]) -> list[dict[str, Any]]:
+        reading = self.model.read(torch.cat([pixel_values for pixel_values, _ in part]).to(self.model.device))
+        counts = (reading.count_pred.flatten().float() - 2).tolist()  # without the start and end tokens
+        results = self.processor.post_process(reading, image_sizes=[size for _, size in part])
+        return [{**result, "count": count} for result, count in zip(results, counts, strict=True)]
+
+    def read_files(self, sources: Sequence[str | Path]) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+        """Yield the index of each source, in order, with its reading, or with the error that names it."""
+        failures: dict[int, Exception] = {}
+        waiting: dict[int, tuple[torch.Tensor, tuple[int, int]]] = {}
+        for index, source in enumerate(sources):
+            try:
+                waiting[index] = self.prepare(open_image(source))
+            except ImageReadError as error:
+                failures[index] = error
+            if len(waiting) < self.batch_size and index < len(sources) - 1:
+                continue
+            results: dict[int, dict[str, Any] | Exception] = {**failures}
+            for place, result in zip(waiting, self.read(list(waiting.values())), strict=True):
+                results[place] = MemoryError(f"{sources[place]}: {result}") if isinstance(result, Exception) else result
+            yield from sorted(results.items(), key=lambda item: item[0])
+            failures, waiting = {}, {}
+
+
+def list_sources(arguments: list[str]) -> tuple[list[str | Path], int]:
+    """Images named by the arguments: files and addresses as given, folders searched; and how many arguments failed."""
+    sources: list[str | Path] = []
+    failed = 0
+    for argument in arguments:
+        if argument.startswith(_ADDRESSES):
+            sources.append(argument)
+            continue
+        try:
+            sources.extend(find_images(argument))
+        except ImageReadError as error:
+            complain(error)
+            failed += 1
+    return sources, failed
+
+
+def name_drawings(sources: list[str | Path], folder: Path) -> list[Path]:
+    """One PNG path under `folder` for each source, laid out as the sources are; no two equal, none a source itself."""
+    files = [source.absolute() for source in sources if isinstance(source, Path)]
+    root = os.path.commonpath([file.parent for file in files]) if files else ""
+    taken = {file.resolve() for file in files}
+    names = []
+    for source in sources:
+        if isinstance(source, Path):
+            place = source.absolute().relative_to(root)
+        else:
+            place = Path(source.split("?")[0].rstrip("/").rpartition("/")[2] or "image")
+        candidate, number = folder / place.with_suffix(".png"), 1
+        while candidate.resolve() in taken:
+            candidate = folder / place.with_name(f"{place.name}{f'-{number}' if number > 1 else ''}.png")
+            number += 1
+        taken.add(candidate.resolve())
+        names.append(candidate)
+    return names
+
+
+def draw(source: str | Path, reading: dict[str, Any], target: Path):
+    """Save the image with its characters placed where the model looked."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draw_reading(open_image(source), reading).save(target)
+
+
+def write_as_text(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
+    """A writer of plain text: of one image its text, of several each under a header, as head(1) has it."""
+    first = True
+
+    def write(path: str, reading: dict[str, Any]):
+        nonlocal first
+        if several:
+            stream.write(f"{'' if first else chr(10)}==> {path} <==\n")
+        stream.write(f"{reading['text']}\n")
+        first = False
+
+    return write
+
+
+def write_as_json(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
+    """A writer of JSON Lines; scores have four decimals, boxes one."""
+
+    def write(path: str, reading: dict[str, Any]):
+        characters = [
+            {
+                "character": entry["character"],
+                "score": round(entry["score"], 4),
+                "box": [round(edge, 1) for edge in entry["box"]],
+            }
+            for entry in reading["characters"]
+        ]
+        line = {"path": path, "text": reading["text"], "score": round(reading["score"], 4), "characters": characters}
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    return write
+
+
+def write_as_csv(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
+    """A writer of path, text and score, after a header line; line breaks in a text stand in quotes."""
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["path", "text", "score"])
+    return lambda path, reading: writer.writerow([path, reading["text"], f"{reading['score']:.4f}"])
+
+
+WRITERS = {"text": write_as_text, "json": write_as_json, "csv": write_as_csv}
+
+
+@contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+    """Standard output or a new file, UTF-8 whatever the locale; names of files that are not UTF-8 pass unchanged."""
+    if path is not None:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            yield stream
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    yield sys.stdout
+
+
+def progress_bar(total: int, unit: str = "image") -> tqdm:
+    """A bar on standard error, if there is more than one thing to do; in a log it is a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, disable=total < 2, file=sys.stderr)
+    return tqdm(total=total, unit=unit, disable=total < 2, file=_Lines(), mininterval=10, maxinterval=10)
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for a bar that must not go back and overwrite itself."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+        return len(text)
+
+
+@contextmanager
+def above_progress_bar() -> Iterator[None]:
+    """On a terminal, take the bar away while something else is printed."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with tqdm.external_write_mode():
+        yield
+
+
+def complain(reason: object):
+    """Print an error or a warning to standard error."""
+    with above_progress_bar():
+        print(f"regard: {reason}", file=sys.stderr, flush=True)
+
+
+def quiet_transformers():
+    """Keep transformers' bars and advice out of the terminal."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an error for want of memory, on any device, from other errors."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def release_memory():
+    """Give back what a failed batch left behind."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -1,0 +1,93 @@
+"""Which checkpoint a name means, and loading it with errors that say what to do."""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+# The checkpoint that a verb of the command line uses when none is named.
+DEFAULT_CHECKPOINTS = {"read": "image-text-slot-5m"}
+
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be found or loaded. The message names it, the reason and the mend."""
+
+
+def bundled_checkpoints() -> dict[str, Path]:
+    """Folders of the checkpoints that come with this installation, by name."""
+    cards = Path(str(resources.files("regard.model_cards")))
+    return {path.parent.name: path.parent for path in sorted(cards.glob("*/config.json"))}
+
+
+def resolve(model: str | Path | None = None, verb: str = "read") -> str:
+    """Say where to load a model from.
+
+    Args:
+        model: a folder, the name of a bundled checkpoint, or a Hub repository OWNER/NAME (in this order); None is the
+            default of `verb`.
+        verb: key of `DEFAULT_CHECKPOINTS`.
+
+    Returns:
+        A folder, or a repository id as given, for `from_pretrained`.
+
+    Raises:
+        CheckpointError: a folder that is missing or holds no model, or a bundled checkpoint that is not installed.
+    """
+    bundled = bundled_checkpoints()
+    if model is None:
+        name = DEFAULT_CHECKPOINTS[verb]
+        if name not in bundled:
+            raise CheckpointError(f"{name}: not in this installation; reinstall regard, or name another model")
+        return str(bundled[name])
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{model}: this folder holds no model; give one with config.json and model.safetensors"
+            )
+        return str(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{model}: a file; give the folder of the model")
+    if str(model) in bundled:
+        return str(bundled[str(model)])
+    if isinstance(model, Path) or not _REPO_ID.fullmatch(model):
+        known = ", ".join(bundled) or "none"
+        raise CheckpointError(f"{model}: no such folder, nor a Hub repository OWNER/NAME; bundled models: {known}")
+    return model
+
+
+def load(
+    model: str | Path | None = None, verb: str = "read", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model in float32, in evaluation mode, and its processor.
+
+    Args:
+        model, verb: see `resolve`.
+        device: where to put the model; None is the accelerator, if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: there is no such model, it cannot be loaded, or the device is not there.
+    """
+    source = resolve(model, verb)
+    try:
+        if not Path(source).is_dir():
+            hf_hub_download(source, "config.json")  # one clear failure, before each file of the processor is tried
+        processor = AutoProcessor.from_pretrained(source)
+        network = AutoModel.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "check its files" if Path(source).is_dir() else "check the name and the network, or give a folder"
+        raise CheckpointError(f"{model or source}: cannot be loaded ({reason}); {mend}") from error
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
+        raise CheckpointError(f"device {device}: {str(error).splitlines()[0]}; choose another --device") from error
+    return network.eval(), processor

@@ -1,0 +1,274 @@
+"""Train a model: `regard train CONFIG.yaml`, `python -m regard.train ...`, `accelerate launch -m regard.train ...`.
+
+Settings are the fields of three dataclasses: the model's, the data's and the trainer's. They come from a YAML or JSON
+file, from flags, or from both, where flags win. A name that no field has is refused.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.data.rendered_text import RenderedTextDataset
+from regard.data.text_images import load_text_images
+from regard.hub import resolve
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
+from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
+from regard.processing.tokenization_byte import build_byte_tokenizer
+from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
+from regard_cli import EXIT_FAILED, EXIT_OK
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used. The message names the setting and the mend."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and from where it starts."""
+
+    model: str = field(default="image_text_slot", metadata={"help": "which model to train"})
+    preset: str = field(default="5m", metadata={"help": "architecture of a new model"})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub repository of a trained model to go on from, instead of a new one"},
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={"help": "how attention is computed: sdpa, or eager, which is faster in training on a CPU"},
+    )
+
+
+@dataclass
+class ImageTextSlotDataArguments:
+    """What ImageTextSlot learns to read: generated images, or your own."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub data set with columns pixel_values and text; default: generated images"},
+    )
+    train_split: str = field(default="train", metadata={"help": "split of `dataset` to learn from"})
+    eval_split: str = field(default="validation", metadata={"help": "split of `dataset` to evaluate on"})
+    tiers: list[str] = field(
+        default_factory=lambda: ["line=1", "block=1", "dense=1", "noisy=1"],
+        metadata={"help": "tiers of generated images, with their weights"},
+    )
+    train_images: int = field(default=1_000_000, metadata={"help": "generated images to learn from"})
+    eval_images: int = field(default=400, metadata={"help": "images to evaluate on, at most (of each tier)"})
+    generator_seed: int = field(default=0, metadata={"help": "seed of the generated images"})
+    length_curriculum: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "longest text by generated image, as INDEX=CHARACTERS, e.g. 0=32 50000=128; default: no limit"
+        },
+    )
+
+
+def build_image_text_slot(
+    model_args: ModelArguments, data_args: ImageTextSlotDataArguments, training_args: SlotTrainingArguments
+) -> Trainer:
+    """Model, data sets and trainer of ImageTextSlot."""
+    if model_args.init_from is None:
+        model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset))
+        processor = ImageTextSlotProcessor(ImageTextSlotImageProcessor(), build_byte_tokenizer())
+    else:
+        source = resolve(model_args.init_from)
+        model = ImageTextSlotModel.from_pretrained(source, dtype="float32")
+        processor = ImageTextSlotProcessor.from_pretrained(source)
+    model.set_attn_implementation(model_args.attn_implementation)
+    if data_args.dataset is not None:
+        train = load_text_images(data_args.dataset, data_args.train_split)
+        evaluation = load_text_images(data_args.dataset, data_args.eval_split)
+        evaluation = evaluation.select(range(min(data_args.eval_images, len(evaluation))))
+    else:
+        tiers = {name: float(weight) for name, weight in _pairs("tiers", data_args.tiers)}
+        train = RenderedTextDataset(
+            "train",
+            tiers,
+            size=data_args.train_images,
+            seed=data_args.generator_seed,
+            max_characters=[
+                (int(start), int(limit)) for start, limit in _pairs("length_curriculum", data_args.length_curriculum)
+            ],
+            group_size=training_args.per_device_train_batch_size,
+        )
+        evaluation = {
+            tier: RenderedTextDataset("validation", tier, size=data_args.eval_images, seed=data_args.generator_seed)
+            for tier in tiers
+        }
+    return SlotTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
+
+
+def _pairs(setting: str, items: Sequence[str]) -> list[tuple[str, str]]:
+    """Settings `NAME=VALUE` as pairs."""
+    pairs = [item.partition("=") for item in items]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise SettingsError(f"{setting}: write NAME=VALUE, not {name + equals + value!r}")
+    return [(name, value) for name, _, value in pairs]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained: its arguments' classes, and what makes a trainer of their instances."""
+
+    model_arguments: type
+    data_arguments: type
+    training_arguments: type[TrainingArguments]
+    build: Callable[[Any, Any, Any], Trainer]
+
+
+# Another model adds its line here.
+RECIPES = {
+    "image_text_slot": Recipe(ModelArguments, ImageTextSlotDataArguments, SlotTrainingArguments, build_image_text_slot),
+}
+
+
+def parse_settings(arguments: Sequence[str]) -> tuple[Recipe, Any, Any, Any]:
+    """Read settings from an optional file, named first, and from flags.
+
+    Returns:
+        The recipe of the model, and its three filled dataclasses: model, data and training arguments.
+
+    Raises:
+        SettingsError: the file cannot be read, or a name or a value is wrong.
+    """
+    arguments = list(arguments)
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    settings = read_settings(path) if path is not None else {}
+
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--model", default=settings.get("model", ModelArguments.model))
+    model = chooser.parse_known_args(arguments)[0].model
+    if model not in RECIPES:
+        raise SettingsError(f"model: there is no {model!r}; choose one of {', '.join(RECIPES)}")
+    recipe = RECIPES[model]
+
+    parser = _Parser(
+        (recipe.model_arguments, recipe.data_arguments, recipe.training_arguments),
+        prog="regard train",
+        usage="%(prog)s [CONFIG.yaml] [--SETTING VALUE ...]",
+        description=f"Train {model}. Settings of a file are overridden by flags.",
+        allow_abbrev=False,
+    )
+    flags = parser.flags_of(settings, path) + arguments
+    *filled, unknown = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise SettingsError(parser.explain_unknown(unknown[0]))
+    model_args, data_args, training_args = filled
+    return recipe, model_args, data_args, training_args
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings by name.
+
+    Raises:
+        SettingsError: the file is missing, of another kind, or holds no mapping.
+    """
+    if Path(path).suffix.lower() not in _FILE_SUFFIXES:
+        raise SettingsError(f"{path}: settings come from a file that ends in {', '.join(_FILE_SUFFIXES)}")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{path}: expected `name: value` lines, but found a {type(settings).__name__}")
+    return {str(name): value for name, value in settings.items()}
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that takes the settings of a file as flags, so that both are checked alike."""
+
+    def flags_of(self, settings: dict[str, Any], path: str | None) -> list[str]:
+        actions = {action.dest: action for action in self._actions}
+        flags = []
+        for name, value in settings.items():
+            if name not in actions or name == "help":
+                raise SettingsError(f"{path}: {self.explain_unknown(name)}")
+            if value is None:
+                self.set_defaults(**{name: None})
+                continue
+            flags.append(f"--{name}")
+            if actions[name].nargs == "+":
+                items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
+                flags += [str(item) for item in (items if isinstance(items, list) else [items])]
+            elif isinstance(value, (dict, list)):
+                flags.append(json.dumps(value))
+            else:
+                flags.append(str(value))
+        return flags
+
+    def explain_unknown(self, name: str) -> str:
+        bare = name.lstrip("-").split("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(bare, {action.dest for action in self._actions}, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`python -m regard.train --help` lists all"
+        return f"unknown setting {bare}; {hint}"
+
+    def error(self, message: str):
+        raise SettingsError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the arguments say, and return the exit code."""
+    try:
+        recipe, model_args, data_args, training_args = parse_settings(sys.argv[1:] if arguments is None else arguments)
+        checkpoint = find_checkpoint(training_args)
+        if checkpoint is not None and is_finished(checkpoint, training_args):
+            print(f"regard train: {checkpoint} has all {training_args.max_steps} steps; nothing is left to train")
+            return EXIT_OK
+        trainer = recipe.build(model_args, data_args, training_args)
+    except (ValueError, FileNotFoundError) as error:  # settings, names, data: each message names the mend
+        print(f"regard train: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    return EXIT_OK
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: none, a named one, or for `resume_from_checkpoint: true` the newest, if any."""
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    output_dir = training_args.output_dir
+    if str(wanted).lower() == "true":
+        return get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
+    if not os.path.isdir(wanted):
+        raise SettingsError(f"resume_from_checkpoint: {wanted} is no folder; give a checkpoint, or true for the newest")
+    return str(wanted)
+
+
+def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Whether a checkpoint has taken all steps; the Trainer would take one more."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return 0 < training_args.max_steps <= state.global_step
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `regard train`."""
+    return main(options.settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

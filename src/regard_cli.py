@@ -1,0 +1,185 @@
+"""The command `regard`: its arguments and help.
+
+Standard library only, and outside the package: `import regard` loads PyTorch, and help, version and usage errors must
+answer at once. What a verb does is imported when it runs, from `regard.cli`, `regard.train` or `regard.evaluate`.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+
+EXIT_OK, EXIT_PARTIAL, EXIT_FAILED = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+DESCRIPTION = "Small vision models that say where they look."
+EPILOG = """\
+examples:
+  regard read receipt.png                    print the text of one image
+  regard read scans/ --json > scans.jsonl    a folder, one JSON object a line
+  regard read scans/ --draw seen/            also draw each character where the model looked
+  regard train my.yaml                       train a model; my.yaml names model, data and settings
+  regard evaluate my-model --dataset mine/   measure a model on labelled images
+
+`regard VERB --help` explains one verb."""
+
+READ_EPILOG = """\
+output:
+  one image     its text
+  several       "==> PATH <==" and the text of each, as head(1) prints several files
+  --json        one object a line: {"path", "text", "score", "characters": [{"character", "score", "box"}]};
+                a box is [x0, y0, x1, y1] in pixels of the image, score a probability
+  --csv         path, text, score, with a header line
+Results appear on standard output as soon as a batch is read; progress and errors go to standard error.
+
+exit codes:
+  0  every image was read
+  1  some images could not be read: each is named with its reason, the others are read
+  2  nothing was read: wrong arguments, no image found, no model, or every image failed
+
+examples:
+  regard read label.jpg
+  regard read photos/ --csv --output photos.csv
+  regard read *.png --json | jq -r .text"""
+
+TRAIN_EPILOG = """\
+CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win over the file:
+  model: image_text_slot            which model to train
+  preset: 5m                        its size; or init_from: FOLDER to go on from a checkpoint
+  dataset: my-images/               your data: a folder with images and metadata.jsonl or metadata.csv, or a
+                                    data set of the Hub, with columns pixel_values and text; default: generated
+  output_dir: runs/mine
+  learning_rate: 3.0e-4             and every other argument of transformers' Trainer
+  resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
+
+`python -m regard.train --help` lists every setting with its default. Several devices or machines:
+  accelerate launch -m regard.train CONFIG.yaml
+
+examples:
+  regard train trainers/configs/image_text_slot_5m.yaml
+  regard train my.yaml --max_steps 100 --output_dir runs/try"""
+
+EVALUATE_EPILOG = """\
+Prints a table of character accuracy, character error rate, exact match and length error, by tier and by length of text.
+
+examples:
+  regard evaluate image-text-slot-5m
+  regard evaluate runs/mine --tiers line,noisy --images 200 --output results.json
+  regard evaluate runs/mine --dataset my-images/ --split test"""
+
+
+def positive(text: str) -> int:
+    """An argument that must be a whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each sets `run`, the "module:function" that does it and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "regard", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action=_Version)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def add_verb(name: str, run: str, summary: str, epilog: str, **options) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        verb.set_defaults(run=run)
+        return verb
+
+    def add_computing(verb: argparse.ArgumentParser, batch_size: int):
+        verb.add_argument(
+            "--batch-size", type=positive, default=batch_size, metavar="N",
+            help=f"images at a time (default: {batch_size}); halved as often as memory demands",
+        )  # fmt: skip
+        verb.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+        verb.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+    read = add_verb("read", "regard.cli:read", "read the text of images", READ_EPILOG)
+    read.add_argument(
+        "images", nargs="+", metavar="IMAGE|FOLDER", help="image files or addresses; folders are searched"
+    )
+    read.add_argument(
+        "--model", metavar="PATH_OR_REPO", help="a folder, or a Hub repository OWNER/NAME (default: the bundled model)"
+    )
+    form = read.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="JSON Lines")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated values")
+    read.set_defaults(form="text")
+    read.add_argument("--output", metavar="FILE", help="write the results to FILE instead of standard output")
+    read.add_argument("--draw", metavar="DIR", help="save each image to DIR with its characters where the model looked")
+    add_computing(read, 16)
+
+    train = add_verb(
+        "train",
+        "regard.train:run",
+        "train a model",
+        TRAIN_EPILOG,
+        usage="regard train [CONFIG.yaml] [--SETTING VALUE ...]",
+    )
+    train.add_argument("settings", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+    evaluate = add_verb("evaluate", "regard.evaluate:run", "measure a model on labelled images", EVALUATE_EPILOG)
+    evaluate.add_argument("model", metavar="MODEL", help="a folder, a Hub repository or the name of a bundled model")
+    data = evaluate.add_mutually_exclusive_group()
+    data.add_argument("--tiers", help="generated data, comma-separated (default: line,block,dense,noisy)")
+    data.add_argument(
+        "--dataset", metavar="PATH", help="your data: folder or Hub data set, columns pixel_values and text"
+    )
+    evaluate.add_argument("--split", help="which part of the data (default: test of the generated, all of a folder)")
+    evaluate.add_argument(
+        "--images", type=positive, metavar="N", help="at most so many images (default: 1000 a tier, or all)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the generated data (default: 0)")
+    evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
+    add_computing(evaluate, 32)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"regard {importlib.metadata.version('regard')}")
+        parser.exit(EXIT_OK)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; `--help`, `--version` and usage errors raise SystemExit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
+        # Its flags are those of the Trainer: regard.train knows and checks them.
+        options = parser.parse_args(["train"])
+        options.settings = arguments[1:]
+        if not options.settings:
+            parser.error("train: name a CONFIG.yaml or give settings, as in `regard train --output_dir runs/mine`")
+    else:
+        options = parser.parse_args(arguments)
+    module, function = options.run.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)(options)
+    except KeyboardInterrupt:
+        print("regard: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return EXIT_CLOSED_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What all tests share: no network, a Hugging Face cache of their own, few threads, and a tiny checkpoint."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# ruff: noqa: E402
+# Before anything imports huggingface_hub or torch, which read these once.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="regard-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from regard import (
+    ImageTextSlotConfig,
+    ImageTextSlotImageProcessor,
+    ImageTextSlotModel,
+    ImageTextSlotProcessor,
+    build_byte_tokenizer,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny untrained ImageTextSlot and its processor."""
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny")).save_pretrained(folder)
+    ImageTextSlotProcessor(ImageTextSlotImageProcessor(), build_byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_image():
+    """A function that draws text, with Pillow's built-in font, on a grey image, and saves it where told."""
+
+    def make(path: Path, text: str = "Regard", size: tuple[int, int] = (96, 64)) -> Path:
+        image = Image.new("L", size, 240)
+        ImageDraw.Draw(image).text((8, 8), text, fill=20, font=ImageFont.load_default(16))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return path
+
+    return make

@@ -1,0 +1,271 @@
+"""The command line: what it prints and where, what it does with what it cannot read, and its exit codes."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import regard
+from regard.cli import name_drawings
+from regard_cli import build_parser, main
+
+VERBS = ["read", "train", "evaluate"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_image) -> Path:
+    """Three images in two folders, two of them of one name."""
+    for name in ("a/one.png", "a/two.png", "b/one.png"):
+        make_image(tmp_path / "images" / name, name)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def read(tiny_checkpoint: Path):
+    """`regard read ...` with the tiny model, in this process."""
+    return lambda *arguments: main(["read", "--model", str(tiny_checkpoint), "--device", "cpu", *map(str, arguments)])
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """`regard ...` in a process of its own."""
+    command = [sys.executable, "-m", "regard_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_help_answers_at_once_without_heavy_imports():
+    script = """
+import sys, regard_cli
+try:
+    regard_cli.main(["--help"])
+finally:
+    print([name for name in ("torch", "transformers", "numpy", "PIL", "regard") if name in sys.modules])
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1
+    assert done.stdout.endswith("[]\n")
+
+
+def test_help_names_every_verb_and_each_verb_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"  {verb} " in text
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        assert "examples:" in capsys.readouterr().out
+    assert set(build_parser()._subparsers._group_actions[0].choices) == set(VERBS)  # pyright: ignore
+
+
+def test_read_help_documents_its_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["read", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {code}  " in text for code in (0, 1, 2))
+
+
+def test_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "regard", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"regard {regard.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["read"], ["read", "x.png", "--batch-size", "0"], ["read", "x", "--json", "--csv"], ["train"]],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: regard" in capsys.readouterr().err
+
+
+def test_one_image_gives_its_text_alone(read, folder, capsys):
+    assert read(folder / "a/one.png") == 0
+    plain = capsys.readouterr()
+    assert read(folder / "a/one.png", "--json") == 0
+    line = json.loads(capsys.readouterr().out)
+    assert plain.out == line["text"] + "\n"
+    assert plain.err == ""
+
+
+def test_several_images_get_headers_and_a_bar_on_standard_error(read, folder, capsys):
+    assert read(folder) == 0
+    captured = capsys.readouterr()
+    headers = [line for line in captured.out.split("\n") if line.startswith("==> ")]
+    assert headers == [f"==> {folder / name} <==" for name in ("a/one.png", "a/two.png", "b/one.png")]
+    assert "3/3" in captured.err
+    assert "image/s" not in captured.out
+
+
+def test_json_lines_hold_path_text_score_and_characters(read, folder, capsys):
+    assert read(folder, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["path"] for line in lines] == [str(folder / name) for name in ("a/one.png", "a/two.png", "b/one.png")]
+    for line in lines:
+        assert list(line) == ["path", "text", "score", "characters"]
+        assert "".join(entry["character"] for entry in line["characters"]) == line["text"]
+        assert 0 <= line["score"] <= 1
+        for entry in line["characters"]:
+            x0, y0, x1, y1 = entry["box"]
+            assert 0 <= x0 <= x1 <= 96
+            assert 0 <= y0 <= y1 <= 64
+
+
+def test_csv_agrees_with_json(read, folder, capsys):
+    assert read(folder, "--csv") == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert read(folder, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert header == ["path", "text", "score"]
+    assert rows == [[line["path"], line["text"], f"{line['score']:.4f}"] for line in lines]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_batches_change_nothing(read, folder, capsys, batch_size):
+    read(folder, "--csv")
+    expected = capsys.readouterr().out
+    assert read(folder, "--csv", "--batch-size", batch_size, "--threads", 1) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_output_goes_to_a_file(read, folder, tmp_path, capsys):
+    assert read(folder, "--json", "--output", tmp_path / "out.jsonl") == 0
+    assert capsys.readouterr().out == ""
+    assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_bad_files_are_named_and_the_others_read(read, folder, tmp_path, capsys):
+    (folder / "a/broken.png").write_bytes((folder / "a/one.png").read_bytes()[:60])
+    (folder / "a/empty.png").touch()
+    (folder / "a/letter.png").write_text("Dear image,")
+    missing = tmp_path / "missing.png"
+    (tmp_path / "nothing").mkdir()
+    arguments = (folder, missing, tmp_path / "nothing", "--csv", "--batch-size", 2)
+    assert read(*arguments) == 1
+    captured = capsys.readouterr()
+    assert [row[0] for row in csv.reader(io.StringIO(captured.out, newline=""))][1:] == [
+        str(folder / name) for name in ("a/one.png", "a/two.png", "b/one.png")
+    ]
+    complaints = [line for line in captured.err.splitlines() if line.startswith("regard: ")]
+    assert len(complaints) == 5
+    for name in (
+        folder / "a/broken.png",
+        folder / "a/empty.png",
+        folder / "a/letter.png",
+        missing,
+        tmp_path / "nothing",
+    ):
+        assert sum(f"regard: {name}: " in line for line in complaints) == 1
+
+
+def test_nothing_to_read_exits_with_2(read, folder, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    assert read(tmp_path / "nothing") == 2
+    assert "no images in this folder" in capsys.readouterr().err
+    (tmp_path / "bad.png").write_text("no image")
+    assert read(tmp_path / "bad.png") == 2
+    assert "bad.png" in capsys.readouterr().err
+
+
+def test_a_missing_or_wrong_model_exits_with_2(folder, tmp_path, capsys):
+    assert main(["read", str(folder), "--model", str(tmp_path / "absent")]) == 2
+    assert "absent: no such folder" in capsys.readouterr().err
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil().save_pretrained(tmp_path / "vit")
+    assert main(["read", str(folder), "--model", str(tmp_path / "vit")]) == 2
+    assert "a vit model does not read text" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written_exit_with_2(read, folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert read(folder, "--output", tmp_path / "absent/out.txt") == 2
+    assert "out.txt: cannot be written" in capsys.readouterr().err
+    assert read(folder, "--draw", tmp_path / "file") == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_drawings_are_laid_out_as_the_images_are(read, folder, tmp_path):
+    Image.open(folder / "a/one.png").convert("RGB").save(folder / "a/one.jpg")
+    assert read(folder, "--draw", tmp_path / "seen") == 0
+    drawings = {str(path.relative_to(tmp_path / "seen")) for path in (tmp_path / "seen").rglob("*.png")}
+    assert drawings == {"a/one.png", "a/one.png.png", "a/two.png", "b/one.png"}
+    for path in (tmp_path / "seen").rglob("*.png"):
+        with Image.open(path) as drawing:
+            assert drawing.width >= 2 * 96
+
+
+def test_drawings_never_replace_an_image_or_each_other(tmp_path, make_image):
+    one = make_image(tmp_path / "one.png")
+    content = one.read_bytes()
+    names = name_drawings([one, one, "https://host/one.png?size=2", "https://host/one.png", "https://host/"], tmp_path)
+    assert len(set(names)) == 5
+    assert one not in names
+    assert all(name.is_relative_to(tmp_path) for name in names)
+    assert one.read_bytes() == content
+
+
+def test_a_batch_too_large_for_memory_is_halved(tiny_checkpoint, folder):
+    script = """
+import re, resource, sys
+import regard.cli, regard_cli, torch
+torch.set_num_threads(1)
+size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000, size + 300_000_000))
+sys.exit(regard_cli.main(sys.argv[1:]))
+"""
+    images = [str(folder / "a/one.png")] * 300
+    arguments = ["read", *images, "--csv", "--model", str(tiny_checkpoint), "--batch-size", "300", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=200)
+    assert "not enough memory for 300 images at a time; going on with 150" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one.png") == 300
+
+
+def test_a_closed_pipe_ends_quietly(tiny_checkpoint, folder):
+    command = [sys.executable, "-m", "regard_cli", "read", *[str(folder)] * 20, "--json", "--batch-size", "1"]
+    command += ["--model", str(tiny_checkpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == 141
+    assert json.loads(first)["path"].endswith("one.png")
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+def test_interruption_ends_quietly(tiny_checkpoint, folder):
+    command = [sys.executable, "-m", "regard_cli", "read", *[str(folder)] * 500, "--json", "--batch-size", "1"]
+    command += ["--model", str(tiny_checkpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert "regard: interrupted" in errors
+    assert "Traceback" not in errors
+
+
+def test_file_names_that_are_not_utf8_pass_unchanged(tiny_checkpoint, tmp_path, make_image):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    os.rename(make_image(tmp_path / "plain.png"), name)
+    command = [sys.executable, "-m", "regard_cli", "read", os.fsdecode(name), "--csv", "--model", str(tiny_checkpoint)]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout

@@ -1,0 +1,60 @@
+"""What the README shows works as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from regard.train import RECIPES, parse_settings
+from regard_cli import build_parser
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n", 1)[0])
+def test_python_runs(code: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    (tmp_path / "samples").symlink_to(root / "samples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_parse():
+    commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    commands = [command for command in commands if command and command[0] == "regard"]
+    assert {command[1] for command in commands} == {"read", "train", "evaluate"}
+    for command in commands:
+        words = command[1 : command.index(">")] if ">" in command else command[1:]
+        build_parser().parse_args(words[:1] if words[0] == "train" else words)
+
+
+def test_settings_are_accepted(tmp_path: Path):
+    (text,) = blocks("yaml")
+    assert yaml.safe_load(text)["model"] in RECIPES
+    path = tmp_path / "my.yaml"
+    path.write_text(text.replace("runs/mine", str(tmp_path)))
+    _, model_args, data_args, training_args = parse_settings([str(path), "--use_cpu", "true"])
+    assert (model_args.init_from, data_args.dataset, training_args.max_steps) == (
+        "image-text-slot-5m",
+        "my-images/",
+        2000,
+    )
+
+
+def test_links_lead_somewhere(root: Path):
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert targets
+    for target in targets:
+        assert (root / target).exists(), target
+
+
+def test_make_targets_exist(root: Path):
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)[` ]", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

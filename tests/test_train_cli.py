@@ -1,0 +1,173 @@
+"""`regard train`: settings from a file and from flags, what it refuses, and a training that ends and resumes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from regard import ImageTextSlotModel
+from regard.train import RECIPES, SettingsError, find_checkpoint, main, parse_settings
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """A function that writes settings to a YAML or JSON file."""
+
+    def write(settings: dict, name: str = "config.yaml") -> str:
+        text = json.dumps(settings) if name.endswith(".json") else yaml.safe_dump(settings)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict:
+    """Settings of a training of two steps."""
+    return {
+        "preset": "tiny",
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "dataloader_num_workers": 0,
+    }
+
+
+@pytest.fixture
+def images(tmp_path: Path, make_image) -> Path:
+    """A labelled folder with the splits train and validation."""
+    folder = tmp_path / "images"
+    for split in ("train", "validation"):
+        rows = []
+        for index in range(4):
+            make_image(folder / split / f"{index}.png", f"No. {index}")
+            rows.append(json.dumps({"file_name": f"{index}.png", "text": f"No. {index}"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.yml", "config.json"])
+def test_settings_come_from_a_file_and_flags_win(write, base, name):
+    path = write(base | {"learning_rate": "3e-4", "tiers": {"line": 2, "noisy": 1}, "bf16": False}, name)
+    _, model_args, data_args, training_args = parse_settings([path, "--max-steps", "7", "--bf16"])
+    assert model_args.preset == "tiny"
+    assert data_args.tiers == ["line=2", "noisy=1"]
+    assert training_args.learning_rate == pytest.approx(3e-4)
+    assert (training_args.max_steps, training_args.bf16) == (7, True)
+
+
+def test_flags_alone_do(tmp_path):
+    arguments = ["--preset", "tiny", "--output_dir", str(tmp_path), "--tiers", "line=1", "block=2", "--use_cpu"]
+    recipe, model_args, data_args, training_args = parse_settings(arguments)
+    assert recipe is RECIPES["image_text_slot"]
+    assert (model_args.preset, data_args.tiers, training_args.output_dir) == (
+        "tiny",
+        ["line=1", "block=2"],
+        str(tmp_path),
+    )
+
+
+def test_nested_and_empty_values(write, base):
+    scheduler = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.3}}
+    path = write(base | scheduler | {"init_from": None})
+    _, model_args, _, training_args = parse_settings([path])
+    assert training_args.lr_scheduler_kwargs == {"min_lr_rate": 0.3}
+    assert model_args.init_from is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1e-4}, "unknown setting learning_rat; did you mean learning_rate?"),
+        ({"zzzz": 1}, "unknown setting zzzz; .*lists all"),
+        ({"max_steps": 1.5}, "max_steps.*1.5"),
+        ({"model": "image_text_slots"}, "no 'image_text_slots'; choose one of image_text_slot"),
+        ({"preset": "huge"}, "huge.*tiny"),
+        ({"tiers": {"lines": 1}}, "lines"),
+    ],
+)
+def test_wrong_settings_are_refused(write, base, settings, message, capsys):
+    assert main([write(base | settings)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("regard train: ")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error)
+
+
+@pytest.mark.parametrize("flag", ["--learning_rat", "--learning-rat=1", "--max_step"])
+def test_misspelt_flags_are_refused_with_the_close_one(write, base, flag):
+    with pytest.raises(SettingsError, match=r"unknown setting .*; did you mean (learning_rate|max_steps)?"):
+        parse_settings([write(base), flag, "1"])
+
+
+def test_wrong_files_are_refused(tmp_path, write):
+    with pytest.raises(SettingsError, match=r"absent\.yaml: cannot be read"):
+        parse_settings([str(tmp_path / "absent.yaml")])
+    with pytest.raises(SettingsError, match=r"ends in \.yaml"):
+        parse_settings([str(tmp_path)])
+    (tmp_path / "broken.yaml").write_text("a: [1", encoding="utf-8")
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        parse_settings([str(tmp_path / "broken.yaml")])
+    (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
+    with pytest.raises(SettingsError, match="found a list"):
+        parse_settings([str(tmp_path / "list.yaml")])
+
+
+def test_resume_finds_the_newest_checkpoint(write, base, tmp_path):
+    def find(value):
+        return find_checkpoint(parse_settings([write(base | {"resume_from_checkpoint": value})])[3])
+
+    assert find(None) is None
+    assert find(False) is None
+    assert find(True) is None
+    for step in (5, 10):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    assert find(True) == str(tmp_path / "run/checkpoint-10")
+    assert find(str(tmp_path / "run/checkpoint-5")) == str(tmp_path / "run/checkpoint-5")
+    with pytest.raises(SettingsError, match="nowhere is no folder"):
+        find("nowhere")
+
+
+def test_the_shipped_settings_are_accepted(root, tmp_path):
+    paths = sorted((root / "trainers/configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        parse_settings([str(path), "--output_dir", str(tmp_path)])
+
+
+def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, base, images, tmp_path, capsys):
+    settings = base | {"dataset": str(images), "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    assert main([write(settings | {"resume_from_checkpoint": True})]) == 0
+    model = ImageTextSlotModel.from_pretrained(tmp_path / "run")
+    assert model.config.num_slots == 64
+    assert (tmp_path / "run/processor_config.json").is_file()
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert sum("eval_loss" in entry for entry in state["log_history"]) == 2
+
+    assert main([write(settings | {"max_steps": 3, "resume_from_checkpoint": True})]) == 0
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert main([write(settings | {"max_steps": 3, "resume_from_checkpoint": True})]) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+
+    further = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "further")}
+    assert main([write(settings | further), "--max_steps", "1"]) == 0
+    assert (tmp_path / "further/model.safetensors").is_file()
+
+
+def test_accelerate_launches_it(write, base, images):
+    path = write(base | {"dataset": str(images), "max_steps": 1})
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "regard.train", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_lists_every_setting():
+    done = subprocess.run([sys.executable, "-m", "regard.train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"--{name}" in done.stdout for name in ("preset", "dataset", "learning_rate", "max_steps"))

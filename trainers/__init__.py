@@ -1,0 +1,1 @@
+"""Trainers on transformers' Trainer, one a model."""

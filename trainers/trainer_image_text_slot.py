@@ -1,0 +1,215 @@
+"""Trains ImageTextSlot: curricula, light augmentation, readings of validation images as pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import EvalPrediction
+
+from regard.metrics.text_recognition.text_recognition import score_texts
+from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
+from regard.trainers.base import RegardTrainer
+from regard.visualize import draw_reading
+
+
+@dataclass
+class SlotTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the recipe of ImageTextSlot. Defaults that differ from the parent's:
+
+    learning_rate 1e-4, cosine to 3e-5, 10 % warm-up, weight decay 1e-3, betas (0.9, 0.95), batch 64: the described
+        recipe. From scratch a higher rate learns faster (see the configuration files).
+    remove_unused_columns: the collator makes the tensors from columns that `forward` does not name.
+    train_sampling_strategy "sequential": generated data comes shuffled, and its length curriculum goes by index. Give
+        "random" for a data set of your own.
+    ddp_find_unused_parameters: every parameter gets a gradient in every step.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "The scheduler type to use."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.3}, metadata={"help": "Extra parameters of the scheduler."}
+    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or their share if below 1."})
+    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay of matrices."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a step on each process."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that `forward` does not name."})
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Order of the training samples: sequential, or random."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient in every step."}
+    )
+    slot_curriculum_steps: int = field(
+        default=0, metadata={"help": "For this many steps texts are cut to half the slots; 0: never."}
+    )
+    count_warmup_steps: int = field(
+        default=0, metadata={"help": "The counter's weight grows from half to all of it over this many steps."}
+    )
+    teacher_forcing_steps: int = field(
+        default=0, metadata={"help": "For this many steps all slots are told the true places of their characters."}
+    )
+    augment_shift: float = field(default=0.0, metadata={"help": "Largest shift, as a share of the side, e.g. 0.02."})
+    augment_blur: float = field(default=0.0, metadata={"help": "Largest share of the neighbours' light, e.g. 0.3."})
+    augment_brightness: float = field(default=0.0, metadata={"help": "Largest change, of the full range, e.g. 0.1."})
+    augment_contrast: float = field(default=0.0, metadata={"help": "Largest change as a factor, e.g. 0.2."})
+    logged_readings: int = field(default=4, metadata={"help": "Validation images logged as pictures."})
+
+
+class SlotCollator:
+    """Rows `{"pixel_values": image, "text": str, "boxes": ...}` to the inputs of `ImageTextSlotModel.forward`."""
+
+    def __init__(self, processor: ImageTextSlotProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.processor(
+            images=[row["pixel_values"] for row in rows],
+            text=[row["text"] for row in rows],
+            boxes=[row.get("boxes") for row in rows],
+            return_tensors="pt",
+        ).data
+
+
+def augment(
+    pixel_values: torch.Tensor,
+    character_positions: torch.Tensor,
+    shift: float = 0.0,
+    blur: float = 0.0,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift, blur, brighten and stretch each image by random amounts; the characters move with it.
+
+    Args:
+        pixel_values: normalised images `(batch, 1, height, width)`.
+        character_positions: `(batch, tokens, 3)`, shares of the image's sides, -1 where unknown.
+        shift, blur, brightness, contrast: largest amounts, as in `SlotTrainingArguments`; 0 switches one off.
+
+    Returns:
+        the two, changed; what comes in from beyond an edge repeats the edge.
+    """
+    batch, _, height, width = pixel_values.shape
+
+    def uniform(amount: float) -> torch.Tensor:
+        return (torch.rand(batch, 1, 1, 1, device=pixel_values.device) * 2 - 1) * amount
+
+    if shift:
+        down, right = (uniform(shift * height)).round().long(), (uniform(shift * width)).round().long()
+        rows = (torch.arange(height, device=down.device)[None, None, :, None] - down).clamp(0, height - 1)
+        columns = (torch.arange(width, device=down.device)[None, None, None, :] - right).clamp(0, width - 1)
+        pixel_values = pixel_values[torch.arange(batch, device=down.device)[:, None, None, None], 0, rows, columns]
+        moved = torch.cat((right / width, down / height, down / height), dim=3)[:, 0]  # (batch, 1, 3)
+        known = character_positions[..., :1] >= 0
+        character_positions = torch.where(known, (character_positions + moved).clamp(0, 1), character_positions)
+    if blur:
+        padded = torch.nn.functional.pad(pixel_values, (1, 1, 1, 1), mode="replicate")
+        neighbours = torch.nn.functional.avg_pool2d(padded, 3, stride=1)
+        pixel_values = torch.lerp(pixel_values, neighbours, uniform(blur).abs())
+    if contrast:
+        mean = pixel_values.mean((2, 3), keepdim=True)
+        pixel_values = mean + (pixel_values - mean) * (1 + uniform(contrast))
+    if brightness:
+        pixel_values = pixel_values + uniform(brightness) / 0.3034  # in standard deviations, as the values are
+    return pixel_values, character_positions
+
+
+class SlotTrainer(RegardTrainer):
+    """Trainer of `ImageTextSlotModel`; evaluation reads the images and scores the texts.
+
+    `processing_class` is an `ImageTextSlotProcessor`. Metrics by evaluation set: `character_accuracy`, `cer`,
+    `exact_match`, `count_mae`, and each loss.
+    """
+
+    args: SlotTrainingArguments
+    processing_class: ImageTextSlotProcessor
+
+    def __init__(self, model, args: SlotTrainingArguments, processing_class: ImageTextSlotProcessor, **kwargs):
+        kwargs.setdefault("data_collator", SlotCollator(processing_class))
+        kwargs.setdefault("compute_metrics", self.score)
+        model = model.to(memory_format=torch.channels_last)
+        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        config = self.accelerator.unwrap_model(self.model).config
+        self._count_weight, self._teacher_forcing = config.counter_config.loss_weight, config.teacher_forcing
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            self._set_curriculum()
+            inputs = dict(inputs)
+            inputs["pixel_values"], inputs["character_positions"] = augment(
+                inputs["pixel_values"],
+                inputs["character_positions"],
+                self.args.augment_shift,
+                self.args.augment_blur,
+                self.args.augment_brightness,
+                self.args.augment_contrast,
+            )
+            if self.state.global_step < self.args.slot_curriculum_steps:
+                slots = self.accelerator.unwrap_model(model).config.num_slots // 2
+                for name in ("labels", "attention_mask", "character_positions"):
+                    inputs[name] = inputs[name][:, :slots]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _set_curriculum(self) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        step = self.state.global_step
+        grown = min(1.0, step / self.args.count_warmup_steps) if self.args.count_warmup_steps else 1.0
+        config.counter_config.loss_weight = self._count_weight * (0.5 + 0.5 * grown)
+        config.teacher_forcing = 1.0 if step < self.args.teacher_forcing_steps else self._teacher_forcing
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        config.counter_config.loss_weight, config.teacher_forcing = self._count_weight, self._teacher_forcing
+        super().save_model(output_dir, _internal_call)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, (token ids `(batch, num_slots)` padded with -100, counts `(batch, 1)`) and labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            reader = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast():
+                reading = reader.read(inputs["pixel_values"])
+        sequences = torch.nn.utils.rnn.pad_sequence(reading.sequences, batch_first=True, padding_value=-100)
+        return loss, (sequences, reading.count_pred), inputs["labels"]
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Scores of token ids and counts against labels."""
+        sequences, counts = prediction.predictions
+        scores = score_texts(self._texts(sequences), self._texts(prediction.label_ids), (counts[:, 0] - 2).tolist())
+        del scores["images"]
+        return scores
+
+    def _texts(self, sequences: np.ndarray) -> list[str]:
+        decode = self.processing_class.tokenizer.decode
+        return [decode(row[row >= 0].tolist(), skip_special_tokens=True) for row in sequences]
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        writers = [c.tb_writer for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        if self.is_world_process_zero() and self.args.logged_readings:
+            for writer in writers:
+                if writer is not None:
+                    self._log_readings(writer, dataloader.dataset, metric_key_prefix)
+        return output
+
+    @torch.no_grad()
+    def _log_readings(self, writer, dataset, prefix: str) -> None:
+        images = [dataset[i]["pixel_values"] for i in range(min(self.args.logged_readings, len(dataset)))]
+        model = self.accelerator.unwrap_model(self.model)
+        inputs = self.processing_class(images=images, return_tensors="pt").to(self.args.device)
+        with self.accelerator.autocast():
+            reading = model.read(inputs["pixel_values"])
+        readings = self.processing_class.post_process(reading, [(image.height, image.width) for image in images])
+        for index, (image, read) in enumerate(zip(images, readings, strict=True)):
+            picture = np.asarray(draw_reading(image, read).convert("RGB"))
+            writer.add_image(f"{prefix}/{index}", picture, self.state.global_step, dataformats="HWC")
+
+
+__all__ = ["SlotCollator", "SlotTrainer", "SlotTrainingArguments", "augment"]
