@@ -130,6 +130,16 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def normalize_contrast(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Images `(batch, channels, height, width)` at mean 0 and deviation 1, inverted where the rarer pixels, which are
+    the ink, are the darker ones: a third moment below 0."""
+    pixel_values = pixel_values.float()
+    centred = pixel_values - pixel_values.mean((1, 2, 3), keepdim=True)
+    deviation = centred.square().mean((1, 2, 3), keepdim=True).sqrt()
+    ink_is_dark = centred.pow(3).mean((1, 2, 3), keepdim=True) < 0
+    return torch.where(ink_is_dark, -centred, centred) / (deviation + 0.05)  # 0.05: an empty image stays nearly empty
+
+
 class ImageTextSlotEncoder(nn.Module):
     """Image `(batch, channels, height, width)` to the memory stage's features `(batch, dim, rows, columns)`."""
 
@@ -137,6 +147,7 @@ class ImageTextSlotEncoder(nn.Module):
         super().__init__()
         encoder = config.encoder_config
         rates = torch.linspace(0, encoder.drop_path_rate, sum(encoder.depths) + encoder.fusion_depth).tolist()
+        self.normalize_contrast = encoder.normalize_contrast
         self.memory_stage = encoder.memory_stage
         self.entries, self.stages = nn.ModuleList(), nn.ModuleList()
         previous = encoder.num_channels
@@ -164,6 +175,8 @@ class ImageTextSlotEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.normalize_contrast:
+            pixel_values = normalize_contrast(pixel_values).to(pixel_values.dtype)
         hidden_states, memory = pixel_values, pixel_values
         for index, (entry, stage) in enumerate(zip(self.entries, self.stages, strict=True)):
             hidden_states = stage(entry(hidden_states))
@@ -269,13 +282,13 @@ class ImageTextSlotPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.trunc_normal_(module.weight, std=std)
+            init.trunc_normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
         elif isinstance(module, ConvBlock):
             init.constant_(module.layer_scale, self.config.encoder_config.layer_scale_init_value)
         elif isinstance(module, ImageTextSlotModel):
-            init.trunc_normal_(module.slots, std=std)
+            init.trunc_normal_(module.slots, std=0.02)
             if module.boundaries is not None:
-                init.trunc_normal_(module.boundaries, std=std)
+                init.trunc_normal_(module.boundaries, std=0.02)
 
 
 class ImageTextSlotModel(ImageTextSlotPreTrainedModel):

@@ -33,7 +33,7 @@ def test_a_repository_is_passed_on():
 
 @pytest.mark.parametrize("name", ["nowhere", "./owner/name", "/no/such/folder", "a/b/c", "", Path("owner/name")])
 def test_what_is_neither_folder_nor_repository_is_refused(name):
-    with pytest.raises(CheckpointError, match="no such folder|holds no model"):
+    with pytest.raises(CheckpointError, match=r"no such folder|holds no model"):
         resolve(name)
 
 

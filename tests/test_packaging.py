@@ -48,7 +48,7 @@ def test_file_names_are_unique_where_checkpoints_take_code_from(root: Path):
 def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An sdist made from a copy of the tree without its links, and the wheel made from that sdist."""
     tree = tmp_path_factory.mktemp("build") / "regard"
-    shutil.copytree(root, tree, ignore=lambda path, names: NOT_SHIPPED(path, names) - top_folders(root, path))
+    shutil.copytree(root, tree, ignore=lambda path, names: left_out(root, str(path), names))
     assert not any(path.is_symlink() for path in (tree / "src/regard").iterdir())
     out = tree.parent / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
@@ -57,9 +57,9 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
-def top_folders(root: Path, path: str) -> set[str]:
-    """The mapped folders themselves are copied from the root; only the links to them are not."""
-    return set(FOLDERS) if Path(path) == root else set()
+def left_out(root: Path, path: str, names: list[str]) -> set[str]:
+    """What a copy of the tree leaves out; the mapped folders come along, the links of the same names do not."""
+    return set(NOT_SHIPPED(path, names)) - (set(FOLDERS) if Path(path) == root else set())
 
 
 def shipped_files(root: Path) -> set[str]:

@@ -23,6 +23,7 @@ from regard.processing.image_io import ImageReadError, find_images, open_image
 from regard.visualize import draw_reading
 from regard_cli import EXIT_FAILED, EXIT_OK, EXIT_PARTIAL
 
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
 _ADDRESSES = ("http://", "https://")
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -180,14 +181,18 @@ def draw(source: str | Path, reading: dict[str, Any], target: Path):
 
 
 def write_as_text(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
-    """A writer of plain text: of one image its text, of several each under a header, as head(1) has it."""
-    first = True
+    """A writer of plain text: of one image its text, of several each under a header, as head(1) has it.
+
+    On a terminal, control characters other than tab and line break appear as U+FFFD: what an image says must not move
+    the cursor.
+    """
+    first, shown = True, _CONTROLS if stream.isatty() else {}
 
     def write(path: str, reading: dict[str, Any]):
         nonlocal first
         if several:
             stream.write(f"{'' if first else chr(10)}==> {path} <==\n")
-        stream.write(f"{reading['text']}\n")
+        stream.write(f"{reading['text'].translate(shown)}\n")
         first = False
 
     return write

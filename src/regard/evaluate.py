@@ -10,10 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
+from datasets import Dataset
 
 from regard import __version__
 from regard.cli import Reader, complain, progress_bar, quiet_transformers
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 def choose_data(options: argparse.Namespace) -> dict[str, Any]:
     """The data sets that the options name, each a sequence of `{"pixel_values": image, "text": str}`."""
     if options.dataset:
-        data = load_text_images(options.dataset, split=options.split)
+        data = cast(Dataset, load_text_images(options.dataset, split=options.split))
         if options.images is not None:
             data = data.select(range(min(options.images, len(data))))
         return {Path(options.dataset).name: data}
@@ -98,7 +99,7 @@ def score(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda imag
             counts.append(result["count"])
         references += [sample["text"] for sample in samples]
         advance(len(samples))
-    return metric.compute(predictions=predictions, references=references, counts=counts)
+    return cast(dict[str, Any], metric.compute(predictions=predictions, references=references, counts=counts))
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -92,7 +93,7 @@ def build_image_text_slot(
     model.set_attn_implementation(model_args.attn_implementation)
     if data_args.dataset is not None:
         train = load_text_images(data_args.dataset, data_args.train_split)
-        evaluation = load_text_images(data_args.dataset, data_args.eval_split)
+        evaluation = cast(Dataset, load_text_images(data_args.dataset, data_args.eval_split))
         evaluation = evaluation.select(range(min(data_args.eval_images, len(evaluation))))
     else:
         tiers = {name: float(weight) for name, weight in _pairs("tiers", data_args.tiers)}
@@ -126,8 +127,8 @@ def _pairs(setting: str, items: Sequence[str]) -> list[tuple[str, str]]:
 class Recipe:
     """How one model is trained: its arguments' classes, and what makes a trainer of their instances."""
 
-    model_arguments: type
-    data_arguments: type
+    model_arguments: type[Any]
+    data_arguments: type[Any]
     training_arguments: type[TrainingArguments]
     build: Callable[[Any, Any, Any], Trainer]
 
@@ -159,7 +160,7 @@ def parse_settings(arguments: Sequence[str]) -> tuple[Recipe, Any, Any, Any]:
     recipe = RECIPES[model]
 
     parser = _Parser(
-        (recipe.model_arguments, recipe.data_arguments, recipe.training_arguments),
+        [recipe.model_arguments, recipe.data_arguments, recipe.training_arguments],
         prog="regard train",
         usage="%(prog)s [CONFIG.yaml] [--SETTING VALUE ...]",
         description=f"Train {model}. Settings of a file are overridden by flags.",

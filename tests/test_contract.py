@@ -1,0 +1,285 @@
+"""What every model of regard keeps, whatever its job. A new model adds its `Case` to `CASES`."""
+
+import ast
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+import regard
+from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+
+ROOT = Path(regard.__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model of tiny size and what it is fed.
+
+    Args:
+        name: shown by pytest.
+        config: makes the configuration.
+        model_class: what `AutoModel` gives.
+        inputs: seed -> a training batch of four samples, with targets.
+        targets: the names among the inputs that only training needs.
+        processor: makes the processor.
+        use: model, processor, PIL image -> the processor's post-processed result.
+        parameters: preset -> exact number of parameters.
+        learning_rate: with which one batch is learned by heart, within 150 steps.
+        learned: outputs of the training batch -> whether they are right.
+    """
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    inputs: Callable[[int], dict[str, torch.Tensor]]
+    targets: tuple[str, ...]
+    processor: Callable[[], Any]
+    use: Callable[[PreTrainedModel, Any, Image.Image], Any]
+    parameters: dict[str, int]
+    learning_rate: float
+    learned: Callable[[Any, dict[str, torch.Tensor]], bool]
+
+    def model(self, **config_changes) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = self.config()
+        for name, value in config_changes.items():
+            setattr(config, name, value)
+        return self.model_class(config).eval()
+
+    def eval_inputs(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.inputs(seed).items() if name not in self.targets}
+
+
+def image_text_slot_inputs(seed: int) -> dict[str, torch.Tensor]:
+    """Two lines of squares, one a character, whose brightness names it; of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    pixel_values = torch.zeros(4, 1, 64, 64)
+    labels = torch.full((4, 14), -100)
+    positions = torch.full((4, 14, 3), -1.0)
+    for sample, length in enumerate((12, 5, 9, 1)):
+        tokens = torch.randint(4, 8, (length,), generator=generator)
+        labels[sample, : length + 2] = torch.tensor([1, *tokens, 2])
+        for index, token in enumerate(tokens.tolist()):
+            row, column = divmod(index, 7)
+            top, left = 4 + 24 * row, 4 + 8 * column
+            pixel_values[sample, 0, top : top + 6, left : left + 4] = token - 3.0
+            positions[sample, index + 1] = torch.tensor([left + 2.0, top + 3.0, top + 3.0]) / 64
+    return {
+        "pixel_values": pixel_values,
+        "labels": labels,
+        "attention_mask": (labels >= 0).long(),
+        "character_positions": positions,
+    }
+
+
+def read_image(model: PreTrainedModel, processor: Any, image: Image.Image) -> list[dict[str, Any]]:
+    inputs = processor(images=image, return_tensors="pt")
+    return processor.post_process(model.read(inputs["pixel_values"]), [(image.height, image.width)])
+
+
+CASES = [
+    Case(
+        name="image_text_slot",
+        config=lambda: ImageTextSlotConfig.from_preset("tiny", image_size=64, label_smoothing=0.0),
+        model_class=ImageTextSlotModel,
+        inputs=image_text_slot_inputs,
+        targets=("labels", "attention_mask", "character_positions"),
+        processor=lambda: regard.ImageTextSlotProcessor(
+            regard.ImageTextSlotImageProcessor(), regard.build_byte_tokenizer()
+        ),
+        use=read_image,
+        parameters={"5m": 4_539_525, "as_described": 0, "tiny": 0},
+        learning_rate=5e-3,
+        learned=lambda outputs, inputs: bool(
+            (outputs.logits.argmax(-1) == inputs["labels"])[inputs["labels"] >= 0].all()
+            and (outputs.count_pred[:, 0] - inputs["attention_mask"].sum(1)).abs().max() < 0.5
+        ),
+    ),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+def tensors(outputs: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def assert_equal_outputs(first: Any, second: Any, tolerance: float = 1e-5) -> None:
+    first, second = tensors(first), tensors(second)
+    assert first
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def gradients(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_saved_and_loaded_by_auto_classes(case, tmp_path):
+    model, inputs = case.model(), case.inputs(0)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is case.model_class
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    assert_equal_outputs(model(**inputs), loaded.eval()(**inputs), tolerance=0)
+
+
+@torch.no_grad()
+def test_eager_equals_sdpa(case):
+    model, inputs = case.model(), case.inputs(0)
+    model.set_attn_implementation("eager")
+    eager = model(**inputs)
+    model.set_attn_implementation("sdpa")
+    assert_equal_outputs(eager, model(**inputs))
+
+
+@torch.no_grad()
+def test_a_sample_alone_equals_the_same_in_a_batch(case):
+    model, inputs = case.model(), case.eval_inputs()
+    whole = tensors(model(**inputs))
+    for index in range(4):
+        alone = tensors(model(**{name: value[index : index + 1] for name, value in inputs.items()}))
+        for name, value in alone.items():
+            torch.testing.assert_close(value[0], whole[name][index], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_order_of_a_batch_does_not_matter(case):
+    model, inputs = case.model(), case.eval_inputs()
+    order = torch.tensor([2, 0, 3, 1])
+    whole = tensors(model(**inputs))
+    shuffled = tensors(model(**{name: value[order] for name, value in inputs.items()}))
+    for name, value in shuffled.items():
+        torch.testing.assert_close(value, whole[name][order], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_evaluation_changes_nothing(case):
+    model = case.model()
+    before = copy.deepcopy(model.state_dict())
+    first = model(**case.eval_inputs(0))
+    model(**case.eval_inputs(1))
+    assert_equal_outputs(first, model(**case.eval_inputs(0)), tolerance=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_every_parameter_gets_a_gradient_and_moves(case):
+    model = case.model().train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    grads = gradients(model, case.inputs(0))
+    assert [name for name, grad in grads.items() if not grad.abs().sum() > 0] == []
+    torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0).step()
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+def test_one_batch_is_learned_by_heart(case):
+    model, inputs = case.model().train(), case.inputs(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=case.learning_rate, weight_decay=0)
+    for _ in range(150):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert case.learned(model.eval()(**inputs), inputs)
+
+
+@torch.no_grad()
+def test_bfloat16_runs(case):
+    model = case.model()
+    reference = model(**case.eval_inputs())
+    model = model.to(torch.bfloat16)
+    half = model(**case.eval_inputs())
+    for name, value in tensors(half).items():
+        assert torch.isfinite(value).all(), name
+        assert value.shape == tensors(reference)[name].shape
+
+
+def test_gradient_checkpointing_gives_equal_gradients(case):
+    model, inputs = case.model().train(), case.inputs(0)
+    plain = gradients(model, inputs)
+    model.activation_checkpointing_enable()
+    for name, grad in gradients(model, inputs).items():
+        torch.testing.assert_close(grad, plain[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph(case):
+    model, inputs = case.model(), case.eval_inputs()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_equal_outputs(model(**inputs), compiled(**inputs))
+
+
+@torch.no_grad()
+def test_exported_with_any_batch_size(case):
+    model, inputs = case.model(), case.eval_inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        model, (), kwargs=inputs, dynamic_shapes={name: {0: batch} for name in inputs}, strict=False
+    )
+    smaller = {name: value[:3] for name, value in inputs.items()}
+    assert_equal_outputs(model(**smaller), program.module()(**smaller))
+
+
+def test_processor_to_model_to_result(case, tmp_path):
+    model = case.model()
+    case.processor().save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 100, 3), dtype=np.uint8)
+    result = case.use(model, processor, Image.fromarray(noise))
+    assert result == case.use(model, case.processor(), Image.fromarray(noise))
+
+
+def test_parameter_counts(case):
+    for preset, number in case.parameters.items():
+        with torch.device("meta"):
+            model = case.model_class(type(case.config()).from_preset(preset))
+        assert sum(parameter.numel() for parameter in model.parameters()) == number, preset
+
+
+def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        yield from configs(getattr(config, name))
+
+
+def own_fields(config_class: type) -> set[str]:
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(config_class)} - inherited
+
+
+def test_presets_name_no_unknown_field(case):
+    for preset in case.parameters:
+        for config in configs(type(case.config()).from_preset(preset)):
+            known = {field.name for field in dataclasses.fields(type(config))} | {"model_type", "transformers_version"}
+            unknown = {name for name in vars(config) if not name.startswith("_")} - known
+            assert not unknown, f"{preset}: {type(config).__name__} has no field {sorted(unknown)}"
+
+
+def test_every_field_of_the_configuration_is_read(case):
+    read = set()
+    for folder in ("configuration", "modeling", "processing", "trainers", "pipelines"):
+        for path in (ROOT / folder).glob("*.py"):
+            tree = ast.parse(path.read_text())
+            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for config in configs(case.config()):
+        assert own_fields(type(config)) - read == set(), type(config).__name__
