@@ -38,7 +38,8 @@ bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
 	$(BIN)/python benchmarks/read.py
 
 train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped
-	$(BIN)/regard train trainers/configs/image_text_slot_5m.yaml
+	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/image_text_slot_5m.yaml
 
 fonts: ## install the fonts that training and evaluation draw with (Debian, as root)
 	@if [ "$$(id -u)" = 0 ]; then \

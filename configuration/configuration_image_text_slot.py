@@ -169,14 +169,21 @@ class ImageTextSlotConfig(PreTrainedConfig):
     """
 
     model_type = "image_text_slot"
-    sub_configs_defaults = {
+    sub_configs_defaults = {  # pyright: ignore[reportAssignmentType]  (classes become SubConfigSpec)
         "encoder_config": ImageTextSlotEncoderConfig,
         "slot_config": ImageTextSlotAttentionConfig,
         "counter_config": ImageTextSlotCounterConfig,
     }
     keys_to_ignore_at_inference = [
-        "loss_ce", "loss_count", "loss_cells", "loss_lines", "loss_characters", "loss_look", "hidden_states", "attentions",
-    ]  # fmt: skip
+        "loss_ce",
+        "loss_count",
+        "loss_cells",
+        "loss_lines",
+        "loss_characters",
+        "loss_look",
+        "hidden_states",
+        "attentions",
+    ]
 
     encoder_config: dict | ImageTextSlotEncoderConfig | None = None
     slot_config: dict | ImageTextSlotAttentionConfig | None = None

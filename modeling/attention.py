@@ -1,4 +1,4 @@
-"""Multi-head attention through transformers' attention interface (eager, sdpa, flash, flex by `attn_implementation`)."""
+"""Multi-head attention through transformers' attention interface (eager, sdpa, ... by `attn_implementation`)."""
 
 import torch
 from torch import nn
@@ -75,7 +75,9 @@ class Attention(nn.Module):
         query = self._split_heads(self.q_proj(hidden_states))
         attention = eager_attention_forward
         if not need_weights:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation or "eager", eager_attention_forward
+            )
         if attention_mask is not None:
             attention_mask = attention_mask.to(query.dtype)
         output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)

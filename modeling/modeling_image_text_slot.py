@@ -7,7 +7,9 @@ characters, and slot i looks where the index is i. The sum is the number of char
 agree. Slots see only their neighbours, so that those past the end of the text need not be computed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from regard.configuration.configuration_image_text_slot import ImageTextSlotConf
 from regard.modeling.attention import Attention
 from regard.modeling.layers import DropPath, SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
 
+SURE = 0.15  # a cell whose expected number of characters is nearer than this to a whole number is sure of it
 OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
 
 
@@ -59,20 +62,30 @@ class ImageTextSlotOutput(ModelOutput):
 
 
 @dataclass
-class ImageTextSlotReading(ModelOutput):
+class ImageTextSlotReading:
     """
     Args:
         sequences: for each image the token ids `(tokens,)`, start and end included.
         scores: for each image the probability of each of these tokens, `(tokens,)`.
         boxes: for each image the region each token was read from, `(tokens, 4)`: left, top, right, bottom as shares of
             the square image; NaN for start and end.
-        count_pred: `(batch, 1)`, as in `ImageTextSlotOutput`.
+        count_pred: number of tokens by the counter, start and end included, `(batch, 1)`; a whole number where cells
+            are counted.
     """
 
-    sequences: list[torch.Tensor] | None = None
-    scores: list[torch.Tensor] | None = None
-    boxes: list[torch.Tensor] | None = None
-    count_pred: torch.Tensor | None = None
+    sequences: list[torch.Tensor]
+    scores: list[torch.Tensor]
+    boxes: list[torch.Tensor]
+    count_pred: torch.Tensor
+
+
+class CellCounts(NamedTuple):
+    """Logits of the number of characters in each cell `(batch, cells, max_per_cell + 1)`, the distance of the cell's
+    line below its centre in cell heights `(batch, cells)`, and the expected number `(batch, cells)`."""
+
+    logits: torch.Tensor
+    line_offset: torch.Tensor
+    occupancy: torch.Tensor
 
 
 class ConvBlock(GradientCheckpointingLayer):
@@ -146,7 +159,8 @@ class ImageTextSlotEncoder(nn.Module):
     def __init__(self, config: ImageTextSlotConfig):
         super().__init__()
         encoder = config.encoder_config
-        rates = torch.linspace(0, encoder.drop_path_rate, sum(encoder.depths) + encoder.fusion_depth).tolist()
+        blocks = sum(encoder.depths) + encoder.fusion_depth
+        rates = [encoder.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
         self.normalize_contrast = encoder.normalize_contrast
         self.memory_stage = encoder.memory_stage
         self.entries, self.stages = nn.ModuleList(), nn.ModuleList()
@@ -156,11 +170,11 @@ class ImageTextSlotEncoder(nn.Module):
         ):
             if stage == 0:
                 kernel = encoder.stem_kernel_size
-                padding = tuple((kernel - step + 1) // 2 for step in stride)
-                conv = nn.Conv2d(previous, hidden_size, kernel, tuple(stride), padding)
+                padding = ((kernel - stride[0] + 1) // 2, (kernel - stride[1] + 1) // 2)
+                conv = nn.Conv2d(previous, hidden_size, kernel, (stride[0], stride[1]), padding)
                 entry = nn.Sequential(conv, ChannelNorm(hidden_size, eps=encoder.layer_norm_eps))
             else:
-                conv = nn.Conv2d(previous, hidden_size, tuple(stride), tuple(stride))
+                conv = nn.Conv2d(previous, hidden_size, (stride[0], stride[1]), (stride[0], stride[1]))
                 entry = nn.Sequential(ChannelNorm(previous, eps=encoder.layer_norm_eps), conv)
             self.entries.append(entry)
             self.stages.append(nn.Sequential(*[ConvBlock(encoder, hidden_size, rates.pop(0)) for _ in range(depth)]))
@@ -200,28 +214,31 @@ class CellCounter(nn.Module):
 
     def __init__(self, config: ImageTextSlotConfig, hidden_size: int):
         super().__init__()
-        self.max_per_cell = config.counter_config.max_per_cell
         self.line_tolerance = config.counter_config.line_tolerance
-        self.proj = nn.Linear(hidden_size, self.max_per_cell + 2)
+        self.proj = nn.Linear(hidden_size, config.counter_config.max_per_cell + 2)
 
-    def forward(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory `(batch, cells, hidden_size)` to the logits of 0 .. `max_per_cell` characters `(batch, cells,
-        max_per_cell + 1)` and the line's distance below the cell's centre, in cell heights, `(batch, cells)`."""
+    def forward(self, memory: torch.Tensor) -> CellCounts:
+        """Counts of a memory `(batch, cells, hidden_size)`."""
         with torch.autocast(memory.device.type, enabled=False):  # what is added up over all cells needs its last digits
             output = nn.functional.linear(memory.float(), self.proj.weight.float(), self.proj.bias.float())
-        return output[..., :-1], output[..., -1]
-
-    def expected(self, logits: torch.Tensor) -> torch.Tensor:
-        """Expected number of characters by cell, `(batch, cells)`."""
-        numbers = torch.arange(self.max_per_cell + 1, device=logits.device, dtype=logits.dtype)
-        return (logits.softmax(-1) * numbers).sum(-1)
+        logits, line_offset = output[..., :-1], output[..., -1]
+        numbers = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+        return CellCounts(logits, line_offset, (logits.softmax(-1) * numbers).sum(-1))
 
     @torch.no_grad()
-    def coordinates(self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Index of the token that each cell holds, `(batch, cells)`; the start token has index 0, and a cell that holds
-        several tokens lies between them. A character stands before another if its line is higher, or if the lines are
-        one and its column is further left. Lines are compared where they cross the image's vertical middle.
-        """
+    def gaze(
+        self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the slots are to look: index of the token that each cell holds and how many it holds, both `(batch,
+        cells)`, and the number of tokens `(batch, 1)`. A cell that holds several tokens lies between their indices."""
+        return self._whole_numbers(occupancy, self._in_reading_order(occupancy, line_offset, rows, columns))
+
+    def _in_reading_order(
+        self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int
+    ) -> torch.Tensor:
+        """Coordinates `(batch, cells)`: the characters before each cell, half of its own, and half a token for the
+        start. A character stands before another if its line is higher, or if the lines are one and its column is
+        further left. Lines are compared where they cross the image's vertical middle, so that they may be tilted."""
         cells = torch.arange(rows * columns, device=occupancy.device)
         row, column = cells // columns, cells % columns
         line = row + line_offset
@@ -230,6 +247,27 @@ class CellCounter(nn.Module):
         before = torch.where(below.abs() <= self.line_tolerance, left, (below > 0).to(left.dtype))
         with torch.autocast(occupancy.device.type, enabled=False):
             return torch.einsum("bij,bj->bi", before, occupancy) + 0.5
+
+    def _whole_numbers(
+        self, occupancy: torch.Tensor, coordinates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Expected numbers made whole, so that small errors do not add up along the text: in reading order every cell
+        that is nearly sure of its characters ends a group, and each group holds a whole number of them. (A character on
+        the edge between two cells, half in each, thus counts as one.)"""
+        order = coordinates.argsort(dim=1, stable=True)
+        numbers = occupancy.gather(1, order)
+        ends = ((numbers - numbers.round()).abs() < SURE) & (numbers > 0.5)
+        group = ends.long().cumsum(1) - ends.long()
+        soft = torch.zeros_like(numbers).scatter_add(1, group, numbers)  # (batch, groups)
+        whole = soft.round()
+        stretch = (whole / soft.clamp(min=1e-6)).gather(1, group)
+        within = numbers.cumsum(1) - (soft.cumsum(1) - soft).gather(1, group) - numbers / 2
+        settled = (whole.cumsum(1) - whole).gather(1, group) + within * stretch + 0.5
+        return (
+            torch.empty_like(settled).scatter(1, order, settled),
+            torch.empty_like(settled).scatter(1, order, numbers * stretch),
+            whole.sum(1, keepdim=True) + 2,
+        )
 
 
 class SlotDecoderLayer(GradientCheckpointingLayer):
@@ -266,7 +304,7 @@ class ImageTextSlotPreTrainedModel(PreTrainedModel):
     config: ImageTextSlotConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the losses are means of their own
     _no_split_modules = ["ConvBlock", "ContextLayer", "SlotDecoderLayer"]
@@ -326,7 +364,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             )
         if pixel_values.shape[2] % height or pixel_values.shape[3] % width:
             raise ValueError(
-                f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {height} and {width}; resize the image."
+                f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {height} and {width}; resize it."
             )
         features = self.encoder(pixel_values.to(self.memory_proj.weight.dtype))
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))  # (batch, cells, memory_size)
@@ -335,7 +373,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def _decode(
         self,
         memory: torch.Tensor,
-        grid: list[int],
+        grid: Sequence[int],
         num_slots: int,
         gaze: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         need_weights: bool = False,
@@ -387,15 +425,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         waves = distance * torch.tensor([0.5, 1.0, 2.0], device=distance.device) * torch.pi
         return bias, torch.cat((waves.sin(), waves.cos()), dim=-1)
 
-    def _count(
-        self, memory: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Number of tokens `(batch, 1)`; where cells are counted also their logits, line offsets and occupancy."""
+    def _count(self, memory: torch.Tensor) -> tuple[torch.Tensor, CellCounts | None]:
+        """Expected number of tokens `(batch, 1)` and, where cells are counted, what each holds."""
         if not self.counts_cells:
-            return self.counter(memory.mean(1)).float(), None, None, None
-        logits, line_offset = self.counter(memory)
-        occupancy = self.counter.expected(logits)
-        return occupancy.sum(1, keepdim=True) + 2, logits, line_offset, occupancy
+            return self.counter(memory.mean(1)).float(), None
+        cells = self.counter(memory)
+        return cells.occupancy.sum(1, keepdim=True) + 2, cells
 
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
@@ -417,38 +452,36 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 its line at the vertical middle, as shares of the image `(batch, tokens, 3)`; -1 where unknown.
         """
         memory, *grid = self.encode(pixel_values)
-        count_pred, count_logits, line_offset, occupancy = self._count(memory)
+        count_pred, cells = self._count(memory)
         targets = None
         if labels is not None:
             if labels.shape[1] > self.config.num_slots:
                 raise ValueError(f"labels have {labels.shape[1]} columns, the model {self.config.num_slots} slots.")
             attention_mask = labels.ge(0) if attention_mask is None else attention_mask
-            if self.counts_cells and character_positions is not None:
+            if cells is not None and character_positions is not None:
                 targets = self._cell_targets(character_positions, labels, grid)
         gaze = None
-        if self.config.slot_config.position_sharpness > 0:
-            if self.training and targets is not None:
-                gaze = self._teach(targets, attention_mask, occupancy.detach(), line_offset, grid)
+        if cells is not None and self.config.slot_config.position_sharpness > 0:
+            if self.training and targets is not None and attention_mask is not None:
+                gaze = self._teach(targets, attention_mask, cells, grid)
             else:
-                coordinates = self.counter.coordinates(occupancy, line_offset, *grid)
-                gaze = (coordinates, occupancy.detach(), count_pred.detach())
+                gaze = self.counter.gaze(cells.occupancy, cells.line_offset, *grid)
         num_slots = self.config.num_slots if labels is None else labels.shape[1]
         need_weights = targets is not None and self.config.look_loss_weight > 0
         logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights)
-        losses = {}
+        losses: dict[str, Any] = {}
         if labels is not None:
             looked = weights if need_weights else None
-            losses = self._losses(
-                logits, labels, attention_mask, count_pred, memory, count_logits, line_offset, targets, looked
-            )
+            losses = self._losses(logits, count_pred, labels, attention_mask, memory, cells, targets, looked)
+        occupancy = None if cells is None else cells.occupancy
         return ImageTextSlotOutput(**losses, logits=logits, count_pred=count_pred, occupancy=occupancy)
 
     def _cell_targets(
-        self, positions: torch.Tensor, labels: torch.Tensor, grid: tuple[int, int]
+        self, positions: torch.Tensor, labels: torch.Tensor, grid: Sequence[int]
     ) -> dict[str, torch.Tensor]:
-        """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the line
-        below the cell's centre in cell heights), `characters` (the token where there is but one, else -100); besides
-        `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
+        """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the
+        line below the cell's centre in cell heights), `characters` (the token where there is but one, else -100);
+        besides `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
         rows, columns = grid
         row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
         column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)
@@ -476,9 +509,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self,
         targets: dict[str, torch.Tensor],
         attention_mask: torch.Tensor,
-        occupancy: torch.Tensor,
-        line_offset: torch.Tensor,
-        grid: list[int],
+        cells: CellCounts,
+        grid: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where the slots are sent in training: to the true places, but in the share `1 - teacher_forcing` of the
         images (and where the true ones are unknown) to the predicted ones, unless these are more than half a character
@@ -486,17 +518,16 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         coordinates, counts = targets["coordinates"].clone(), targets["counts"].clone()
         count = attention_mask.sum(1, keepdim=True).to(counts.dtype)
         free = (torch.rand(len(counts), device=counts.device) >= self.config.teacher_forcing) | ~targets["known"]
-        predicted = self.counter.coordinates(occupancy[free], line_offset[free], *grid)
-        count_pred = occupancy[free].sum(1, keepdim=True) + 2
+        predicted, numbers, count_pred = self.counter.gaze(cells.occupancy[free], cells.line_offset[free], *grid)
         error = (predicted - coordinates[free]).abs().masked_fill(counts[free] == 0, 0).amax(1, keepdim=True)
         close = (torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5) | ~targets["known"][free, None]
         coordinates[free] = torch.where(close, predicted, coordinates[free])
-        counts[free] = torch.where(close, occupancy[free], counts[free])
+        counts[free] = torch.where(close, numbers, counts[free])
         count[free] = torch.where(close, count_pred, count[free])
         return coordinates, counts, count
 
     def _losses(
-        self, logits, labels, attention_mask, count_pred, memory, count_logits, line_offset, targets, weights
+        self, logits, count_pred, labels, attention_mask, memory, cells, targets, weights
     ) -> dict[str, torch.Tensor]:
         config, counter = self.config, self.config.counter_config
         losses = {"loss_ce": self._slot_loss(logits, labels)}
@@ -509,9 +540,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             occupied = counts > 0
             characters = counts.sum().clamp(min=1)
             number = counts.clamp(max=counter.max_per_cell).long().masked_fill(~known[:, None], -100)
-            cells = nn.functional.cross_entropy(count_logits.flatten(0, 1), number.flatten(), reduction="sum")
-            losses["loss_cells"] = cells / characters
-            lines = nn.functional.smooth_l1_loss(line_offset, targets["lines"], reduction="none")
+            wrong = nn.functional.cross_entropy(cells.logits.flatten(0, 1), number.flatten(), reduction="sum")
+            losses["loss_cells"] = wrong / characters
+            lines = nn.functional.smooth_l1_loss(cells.line_offset, targets["lines"], reduction="none")
             losses["loss_lines"] = (lines * occupied).sum() / occupied.sum().clamp(min=1)
             loss = loss + config.cell_loss_weight * losses["loss_cells"]
             loss = loss + config.line_loss_weight * losses["loss_lines"]
@@ -557,20 +588,20 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         config = self.config
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         memory, *grid = self.encode(pixel_values)
-        count_pred, _, line_offset, occupancy = self._count(memory)
+        count_pred, cells = self._count(memory)
         gaze = None
-        if config.slot_config.position_sharpness > 0:
-            gaze = (self.counter.coordinates(occupancy, line_offset, *grid), occupancy, count_pred)
+        if cells is not None and config.slot_config.position_sharpness > 0:
+            gaze = self.counter.gaze(cells.occupancy, cells.line_offset, *grid)
+            count_pred = gaze[2]
         length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
         margin = config.slot_config.mixing_radius * config.slot_config.num_decoder_steps
-        num_slots = min(int(length.max()) + margin + 2, config.num_slots)
+        num_slots = min(int(length.max()) + 2 + margin, config.num_slots)
         logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights=True)
         scores, tokens = logits.float().softmax(-1).max(-1)
         boxes = self._regions(weights.float().mean(1), *grid)
-        if self.counts_cells:  # the end token and the counter agree but for rounding: the token decides
-            reach = length + 2
+        if cells is not None:  # the end token and the counter nearly agree: within two slots the token decides
             index = torch.arange(num_slots, device=tokens.device)
-            ends = (tokens == config.eos_token_id) & (index < reach)
+            ends = (tokens == config.eos_token_id) & ((index + 1 - length).abs() <= 2)
             first = torch.where(ends.any(1), ends.int().argmax(1) + 1, length[:, 0])
             length = first.clamp(max=limit)[:, None]
         cut = [int(n) for n in length[:, 0]]

@@ -127,3 +127,18 @@ print(len(names))
     assert int(done.stdout) > 20
     done = subprocess.run([tmp_path / "bin/regard", "read", "--help"], **options)
     assert done.stdout.startswith("usage: regard read"), done.stderr
+
+
+def test_import_leaves_training_and_data_aside():
+    script = "import sys, regard; print([name for name in sys.argv[1:] if name in sys.modules])"
+    heavy = [
+        "datasets",
+        "evaluate",
+        "pandas",
+        "peft",
+        "regard.trainers.base",
+        "regard.visualize",
+        "transformers.trainer",
+    ]
+    done = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,6 +1,7 @@
 """`regard train`: settings from a file and from flags, what it refuses, and a training that ends and resumes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,11 +161,18 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     assert (tmp_path / "further/model.safetensors").is_file()
 
 
-def test_accelerate_launches_it(write, base, images):
-    path = write(base | {"dataset": str(images), "max_steps": 1})
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "regard.train", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+def test_accelerate_launches_two_processes(root, write, base, images, tmp_path):
+    path = write(base | {"dataset": str(images), "eval_strategy": "steps", "eval_steps": 1})
+    config = root / "trainers/accelerate/two_devices.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "regard.train", path], capture_output=True, text=True, timeout=280, env=environment
+    )
     assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert state["epoch"] == 2  # four images, two at a time in each of two processes
 
 
 def test_help_lists_every_setting(capsys):

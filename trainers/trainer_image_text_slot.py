@@ -181,8 +181,9 @@ class SlotTrainer(RegardTrainer):
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Scores of token ids and counts against labels."""
-        sequences, counts = prediction.predictions
-        scores = score_texts(self._texts(sequences), self._texts(prediction.label_ids), (counts[:, 0] - 2).tolist())
+        sequences, counts = (np.asarray(array) for array in prediction.predictions)
+        labels = np.asarray(prediction.label_ids)
+        scores = score_texts(self._texts(sequences), self._texts(labels), (counts[:, 0] - 2).tolist())
         del scores["images"]
         return scores
 

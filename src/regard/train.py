@@ -160,7 +160,7 @@ def parse_settings(arguments: Sequence[str]) -> tuple[Recipe, Any, Any, Any]:
     recipe = RECIPES[model]
 
     parser = _Parser(
-        [recipe.model_arguments, recipe.data_arguments, recipe.training_arguments],
+        cast(Any, [recipe.model_arguments, recipe.data_arguments, recipe.training_arguments]),
         prog="regard train",
         usage="%(prog)s [CONFIG.yaml] [--SETTING VALUE ...]",
         description=f"Train {model}. Settings of a file are overridden by flags.",
