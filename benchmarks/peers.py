@@ -160,7 +160,7 @@ class RapidOcr:
     def read(self, images: Sequence[Image.Image], tier: str) -> list[str]:
         texts = []
         for image in images:
-            found = self.engine(np.asarray(image if self.factor == 1 else enlarge(image, self.factor)))
+            found: Any = self.engine(np.asarray(image if self.factor == 1 else enlarge(image, self.factor)))
             texts.append(in_reading_order(found.boxes, found.txts) if found.txts else "")
         return texts
 
@@ -207,6 +207,7 @@ TRIED: dict[str, Callable[[], Peer]] = {
     "tesseract, psm 7": lambda: Tesseract(modes=dict.fromkeys(TIERS, 7)),
     "tesseract, not inverted": lambda: Tesseract(invert=False),
     "rapidocr 128": RapidOcr,
+    "rapidocr 128, lines padded to 320": lambda: RapidOcr(params={"Rec.rec_img_shape": [3, 48, 320]}),
     "rapidocr 192": lambda: RapidOcr(192),
     "rapidocr 256": lambda: RapidOcr(256),
     "rapidocr 384": lambda: RapidOcr(384),

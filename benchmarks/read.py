@@ -47,15 +47,17 @@ class Regard:
 
     def __init__(self, model: str | None, dtype: torch.dtype = torch.float32):
         self.reader = Reader(model, "cpu", threads=1, batch_size=1)
-        self.model = self.reader.model.to(dtype)
+        self.model = self.reader.model
+        self.model.to(dtype=dtype)
 
     def read(self, images: Sequence[Image.Image], batch_size: int) -> list[dict[str, Any]]:
         """A dict with `text` and `count` for each image, `batch_size` at a time."""
         self.reader.batch_size = batch_size
-        readings = self.reader.read([self.reader.prepare(image) for image in images])
-        for reading in readings:
+        readings = []
+        for reading in self.reader.read([self.reader.prepare(image) for image in images]):
             if isinstance(reading, MemoryError):
                 raise reading
+            readings.append(reading)
         return readings
 
     @torch.inference_mode()
@@ -72,7 +74,7 @@ class Regard:
 
         Attention is computed eagerly, because the counter does not know the CPU's fused kernel.
         """
-        attention = self.model.config._attn_implementation
+        attention = self.model.config._attn_implementation or "sdpa"
         self.model.set_attn_implementation("eager")
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             for image in images:
