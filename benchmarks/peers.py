@@ -194,7 +194,7 @@ def in_reading_order(boxes: Sequence[np.ndarray], texts: Sequence[str]) -> str:
 PEERS: dict[str, Callable[[], Peer]] = {
     "tesseract": Tesseract,
     "rapidocr 128": RapidOcr,
-    "rapidocr 256": lambda: RapidOcr(256),
+    "rapidocr 192": lambda: RapidOcr(192),
 }
 TRIED: dict[str, Callable[[], Peer]] = {
     "tesseract": Tesseract,
@@ -208,13 +208,14 @@ TRIED: dict[str, Callable[[], Peer]] = {
     "tesseract, not inverted": lambda: Tesseract(invert=False),
     "rapidocr 128": RapidOcr,
     "rapidocr 128, lines padded to 320": lambda: RapidOcr(params={"Rec.rec_img_shape": [3, 48, 320]}),
+    "rapidocr 160": lambda: RapidOcr(160),
     "rapidocr 192": lambda: RapidOcr(192),
     "rapidocr 256": lambda: RapidOcr(256),
     "rapidocr 384": lambda: RapidOcr(384),
     "rapidocr 736": lambda: RapidOcr(736),
     "rapidocr 256, x2": lambda: RapidOcr(256, factor=2),
     "rapidocr 384, x3": lambda: RapidOcr(384, factor=3),
-    "rapidocr 256, text_score 0": lambda: RapidOcr(256, params={"Global.text_score": 0.0}),
+    "rapidocr 192, text_score 0": lambda: RapidOcr(192, params={"Global.text_score": 0.0}),
 }
 
 

@@ -197,13 +197,33 @@ def format_reading(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def format_cost(costs: Mapping[str, Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of what reading few and many characters costs."""
-    heads = [f"{length} characters: CPU-ms | GFLOP" for length in LENGTHS]
-    rows = [f"| Reader | Parameters | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + 2 * len(heads))]
-    for name, cost in costs.items():
-        cells = [f"{figures['cpu_ms']:.1f} | {figures['gflop']:.2f}" for figures in cost.values()]
-        rows.append(f"| {name} | {models[name]['parameters']:,} | {' | '.join(cells)} |")
+def format_cost(report: Mapping[str, Any]) -> str:
+    """A Markdown table of what reading costs: the mean of all tiers, and images of few and of many characters."""
+    times = {
+        name: [systems[name]["cpu_ms"] for systems in report["results"].values()]
+        for name in next(iter(report["results"].values()))
+    }
+    means = {
+        name: {size: statistics.mean(tier[size] for tier in tiers) for size in tiers[0]}
+        for name, tiers in times.items()
+    }
+    heads = [f"{length} characters: CPU-ms of the network | GFLOP" for length in LENGTHS]
+    rows = [
+        "| Reader | Parameters | All tiers: CPU-ms, batch 1 | CPU-ms, batch 32 | Time to rapidocr's "
+        f"| {' | '.join(heads)} |",
+        "|---|" + "---:|" * (4 + 2 * len(heads)),
+    ]
+    for name, mean in means.items():
+        cost = report["cost_by_length"].get(name, {}).values()
+        cells = [
+            name,
+            f"{report['models'][name]['parameters']:,}" if name in report["models"] else "–",
+            f"{mean['1']:.1f}",
+            f"{mean['32']:.1f}" if "32" in mean else "–",
+            f"{mean['1'] / means[REFERENCE]['1']:.2f}" if REFERENCE in means else "–",
+            *([f"{figures['cpu_ms']:.1f} | {figures['gflop']:.2f}" for figures in cost] or ["– | –"] * len(LENGTHS)),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -283,7 +303,7 @@ def main() -> int:
     }
     for peer in peers.values():
         report["versions"] |= peer.versions()
-    print(format_reading(results), format_cost(report["cost_by_length"], report["models"]), sep="\n\n")
+    print(format_reading(results), format_cost(report), sep="\n\n")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

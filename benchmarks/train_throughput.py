@@ -16,8 +16,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "trainers/configs/image_text_slot_5m.yaml"
 OUTPUT = Path(__file__).with_name("results") / "train_throughput.json"
@@ -129,13 +127,18 @@ def main() -> int:
         train(SETTINGS[options.worker], options.preset, options.steps, options.output)
         return 0
 
+    from regard.cli import progress_bar
     from regard.evaluate import circumstances
 
-    speeds = {name: measure(name, options.preset, options.steps) for name in tqdm(options.only, unit="setting")}
+    speeds = {}
+    with progress_bar(len(options.only), unit="setting") as bar:
+        for name in options.only:
+            bar.set_postfix_str(name)
+            speeds[name] = measure(name, options.preset, options.steps)
+            bar.update()
     first = next(iter(speeds.values()))
-    print(
-        "| Setting | Attention | Processes x threads | Batches | Memory | Images/s | Gain |\n|---|---|---|---|---|---:|---:|"
-    )
+    print("| Setting | Attention | Processes x threads | Batches | Memory | Images/s | Gain |")
+    print("|---|---|---|---|---|---:|---:|")
     for name, speed in speeds.items():
         setting = SETTINGS[name]
         threads = f"{setting.processes} x {2 // setting.processes}"

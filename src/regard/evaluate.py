@@ -26,6 +26,7 @@ from regard.processing.image_io import open_image
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 IMAGES_A_TIER = 1000
+DEFAULT_SPLIT = "test"  # of generated images
 COLUMNS = {
     "images": ("images", "{:.0f}"),
     "character_accuracy": ("accuracy", "{:.2%}"),
@@ -70,7 +71,7 @@ def choose_data(options: argparse.Namespace) -> dict[str, Any]:
             data = data.select(range(min(options.images, len(data))))
         return {Path(options.dataset).name: data}
     tiers = options.tiers.split(",") if options.tiers else list(TIERS)
-    split, size = options.split or "test", options.images or IMAGES_A_TIER
+    split, size = options.split or DEFAULT_SPLIT, options.images or IMAGES_A_TIER
     return {tier: RenderedTextDataset(split, tiers=tier, size=size, seed=options.seed) for tier in tiers}
 
 
@@ -123,9 +124,9 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """What is needed to repeat a measurement: command, date, versions, machine, seed."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["regard", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "split": options.split,
+        "split": options.split or (None if options.dataset else DEFAULT_SPLIT),
         "seed": options.seed,
         "versions": {
             "regard": __version__,
