@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev ## put the code into its format
 	$(BIN)/ruff format
 
 bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
-	$(BIN)/python benchmarks/read.py
+	$(BIN)/python benchmarks/read.py $(BENCH_ARGS)
 
 train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \

@@ -9,6 +9,7 @@ README.md in this folder says what is compared, and how.
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -300,6 +301,7 @@ def main() -> int:
         "timed_images": min(options.timed_images, options.images),
         "rounds": options.rounds,
         **circumstances(argparse.Namespace(split="test", seed=options.seed, device="cpu")),
+        "command": shlex.join(["python", "benchmarks/read.py", *sys.argv[1:]]),
     }
     for peer in peers.values():
         report["versions"] |= peer.versions()

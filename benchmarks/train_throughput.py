@@ -9,6 +9,7 @@ two that warm up. Prints a Markdown table and writes benchmarks/results/train_th
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def train(setting: Setting, preset: str, steps: int, output: Path) -> None:
     from transformers import TrainerCallback
     from transformers.utils import logging
 
+    from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
     from regard.data.rendered_text import RenderedTextDataset
     from regard.train import parse_settings
 
@@ -81,7 +83,7 @@ def train(setting: Setting, preset: str, steps: int, output: Path) -> None:
     recipe, model_args, data_args, training_args = parse_settings([str(RECIPE), *arguments])
     trainer = recipe.build(model_args, data_args, training_args)
     tiers = {name: float(weight) for name, _, weight in (item.partition("=") for item in data_args.tiers)}
-    longest = trainer.model.config.num_slots - 2
+    longest = ImageTextSlotConfig.from_preset(preset).num_slots - 2
     group_size = BATCH_SIZE if setting.grouped else 1
     trainer.train_dataset = RenderedTextDataset("train", tiers, max_characters=[(0, longest)], group_size=group_size)
     trainer.add_callback(Clock)
@@ -152,6 +154,7 @@ def main() -> int:
         "steps": options.steps,
         "images_a_step": IMAGES_A_STEP,
         **circumstances(argparse.Namespace(split="train", seed=0, device="cpu")),
+        "command": shlex.join(["python", "benchmarks/train_throughput.py", *sys.argv[1:]]),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
