@@ -1,6 +1,7 @@
 """`regard evaluate` on images of one's own, and on generated ones."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ def labelled_folder(tmp_path: Path, make_image) -> Path:
     return folder
 
 
-def test_own_images_are_scored(labelled_folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys):
+def test_own_images_are_scored(labelled_folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys, monkeypatch):
     output = tmp_path / "results.json"
     arguments = ["evaluate", str(tiny_checkpoint), "--dataset", str(labelled_folder), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["/somewhere/regard/__main__.py", *arguments])
     assert regard_cli.main([*arguments, "--batch-size", "2"]) == 0
     table = capsys.readouterr().out
     assert table.split()[:4] == ["images", "accuracy", "CER", "exact"]
@@ -33,8 +35,8 @@ def test_own_images_are_scored(labelled_folder: Path, tiny_checkpoint: Path, tmp
     assert scores["exact_match"] == 0
     assert {name: part["images"] for name, part in scores["by_length"].items()} == {"1-24": 2, "25-64": 1}
     assert report["split"] is None
+    assert report["command"] == shlex.join(["regard", *arguments])
     assert report["versions"]["regard"]
-    assert report["command"].split()[0] == "regard"
 
 
 def test_fewer_images_and_what_is_missing(labelled_folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys):

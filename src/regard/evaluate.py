@@ -124,7 +124,7 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """What is needed to repeat a measurement: command, date, versions, machine, seed."""
     return {
-        "command": shlex.join(["regard", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "regard"), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": options.split or (None if options.dataset else DEFAULT_SPLIT),
         "seed": options.seed,
