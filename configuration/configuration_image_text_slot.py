@@ -162,8 +162,8 @@ class ImageTextSlotConfig(PreTrainedConfig):
         character_loss_weight: weight of naming a cell's character right in the memory.
         look_loss_weight: weight of the cross-attention supervision: a slot is to look at its character's cell.
         initializer_range: standard deviation of all weights at the start; None gives each layer the inverse root of its
-            fan-in. ConvNeXt's 0.02 is that of layers 2,500 wide; with it these narrow ones hardly pass anything on, and
-            learning takes more than twice as long. Learned tokens start at 0.02 either way.
+            fan-in. ConvNeXt's 0.02 is that of layers 2,500 wide; with it these narrow ones hardly pass anything on.
+            Learned tokens start at 0.02 either way.
         teacher_forcing: share of training images (of those whose character positions are known) for which the slots
             are told the true coordinates; the others get the predicted ones where these are nearly right.
     """
