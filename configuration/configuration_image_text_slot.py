@@ -130,8 +130,9 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
     Args:
         source: "cells" counts the characters centred in each memory cell and adds them up, which also gives each cell
             its reading-order coordinate; "pooled" regresses the number from the mean of the memory.
-        max_per_cell: largest number of characters in one cell.
-        line_tolerance: cells whose predicted lines lie at most this far apart (in cell heights) are of one line.
+        frames_per_cell: frames that a cell is cut into, side by side, each with one character at most.
+        hidden_size: width of a frame.
+        depth: number of convolution blocks over the frames.
         normalize_loss: divide the error by the square root of the true number before the Huber loss.
         loss_weight: weight of that loss.
     """
@@ -140,8 +141,9 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
     base_config_key = "counter_config"
 
     source: Literal["cells", "pooled"] = "cells"
-    max_per_cell: int = 3
-    line_tolerance: float = 0.56
+    frames_per_cell: int = 2
+    hidden_size: int = 64
+    depth: int = 3
     normalize_loss: bool = True
     loss_weight: float | int = 0.1
 
@@ -161,6 +163,8 @@ class ImageTextSlotConfig(PreTrainedConfig):
         line_loss_weight: weight of the cells' line positions.
         character_loss_weight: weight of naming a cell's character right in the memory.
         look_loss_weight: weight of the cross-attention supervision: a slot is to look at its character's cell.
+        training_slots: in training only so many slots are computed, from a random one on; None: all that the texts
+            need. Slots see only their neighbours, so that few of them teach as well as all, for less.
         initializer_range: standard deviation of all weights at the start; None gives each layer the inverse root of its
             fan-in. ConvNeXt's 0.02 is that of layers 2,500 wide; with it these narrow ones hardly pass anything on.
             Learned tokens start at 0.02 either way.
@@ -197,11 +201,12 @@ class ImageTextSlotConfig(PreTrainedConfig):
     label_smoothing: float | int = 0.1
     pad_slots: int = 4
     pad_loss_weight: float | int = 0.1
-    cell_loss_weight: float | int = 0.3
+    cell_loss_weight: float | int = 1.0
     line_loss_weight: float | int = 0.5
     character_loss_weight: float | int = 1.0
     look_loss_weight: float | int = 0.0
     teacher_forcing: float | int = 0.5
+    training_slots: int | None = None
     initializer_range: float | None = None
     layer_norm_eps: float = 1e-6
 
@@ -211,6 +216,8 @@ class ImageTextSlotConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_size={self.image_size} must be divisible by the encoder's stride {height}x{width}."
             )
+        if self.training_slots is not None and self.training_slots < 1:
+            raise ValueError(f"training_slots={self.training_slots} must be at least 1, or None for all.")
         if self.slot_config.position_sharpness and self.counter_config.source != "cells":
             raise ValueError('position_sharpness > 0 needs counter_config.source="cells": it uses their coordinates.')
 
@@ -259,6 +266,7 @@ PRESETS: dict[str, dict] = {
             "fusion_depth": 1,
         },
         "slot_config": {"hidden_size": 32, "intermediate_size": 48, "mixing_radius": 2},
+        "counter_config": {"hidden_size": 16, "depth": 1},
         "num_slots": 64,
     },
 }

@@ -53,13 +53,15 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class Tier:
-    """Lengths in characters (line breaks included), type sizes in pixels per em, spacings in line heights."""
+    """Lengths in characters (line breaks included), type sizes in pixels per em, spacings in line heights; whether
+    lines are broken, images tilted, blurred and noisy, and the type as large as the image lets it be."""
 
     characters: tuple[int, int]
     sizes: tuple[int, int]
     spacing: tuple[float, float] = (1.0, 1.4)
     wrap: bool = True
     degraded: bool = False
+    filled: bool = False
 
 
 TIERS = {
@@ -68,6 +70,12 @@ TIERS = {
     "dense": Tier(characters=(129, 512), sizes=(6, 9), spacing=(1.0, 1.1)),
     "noisy": Tier(characters=(4, 24), sizes=(10, 20), degraded=True),
 }
+# To learn from only: an image costs the same however little text it holds, so these are full of it.
+TRAINING_TIERS = {
+    "page": Tier(characters=(60, 300), sizes=(9, 24), filled=True),
+    "noisy_page": Tier(characters=(30, 150), sizes=(10, 20), degraded=True, filled=True),
+}
+_ALL_TIERS = {**TIERS, **TRAINING_TIERS}
 
 
 class RenderedTextDataset(Dataset):
@@ -82,7 +90,8 @@ class RenderedTextDataset(Dataset):
     Tiers: `line` (1 to 24 characters, 9 to 28 px), `block` (25 to 128, wrapped, 9 to 16 px), `dense` (129 to 512, 6 to
     9 px, at least 3 px per lower-case x), `noisy` (4 to 24 letters and digits in groups, 10 to 20 px, tilted by up to 5
     degrees, blurred by up to 1 px, noise of up to 25 of 255 grey levels). In the train split three in ten images of
-    `line` and `block` are slightly degraded as well.
+    `line`, `block` and `page` are slightly degraded as well. `page` and `noisy_page` are to learn from: like `block` and
+    `noisy`, but the text fills the image, so that each holds several times more to learn.
 
     Args:
         split: "train", "validation" or "test".
@@ -115,9 +124,9 @@ class RenderedTextDataset(Dataset):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; give one of {', '.join(SPLITS)}")
         weights = {tiers: 1.0} if isinstance(tiers, str) else dict(tiers)
-        unknown = sorted(set(weights) - set(TIERS))
+        unknown = sorted(set(weights) - set(_ALL_TIERS))
         if unknown:
-            raise ValueError(f"unknown tiers {unknown}; there are {', '.join(TIERS)}")
+            raise ValueError(f"unknown tiers {unknown}; there are {', '.join(_ALL_TIERS)}")
         if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
             raise ValueError(f"the weights of tiers must not be negative, nor all zero; got {weights}")
         steps = [(int(index), int(limit)) for index, limit in max_characters or ()]
@@ -139,13 +148,13 @@ class RenderedTextDataset(Dataset):
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         group = random.Random(f"{self.seed}/{self.split}/tier/{index // self.group_size}")
         name = group.choices(list(self.tiers), list(self.tiers.values()))[0]
-        tier = TIERS[name]
+        tier = _ALL_TIERS[name]
         path = rng.choice(rng.choice(self.families))
         limit = min(tier.characters[1], self._limit(index))
         low = min(tier.characters[0], limit)
         while True:
             text = self._text(rng, name, rng.randint(low, limit))
-            sample = _render(rng, text, tier, path, low, limit, self.split == "train" and name in ("line", "block"))
+            sample = _render(rng, text, tier, path, low, limit, self.split == "train" and name in ("line", "block", "page"))
             if sample is not None:
                 return {**sample, "tier": name, "font": os.path.basename(path)}
 
@@ -176,7 +185,7 @@ class RenderedTextDataset(Dataset):
         return self.max_characters[step][1] if step >= 0 else IMAGE_SIZE * IMAGE_SIZE
 
     def _text(self, rng: random.Random, tier: str, length: int) -> str:
-        if tier == "noisy":
+        if _ALL_TIERS[tier].degraded:
             return _cut(_groups(rng, length, (2, 8), _ALPHANUMERIC), length)
         kind = rng.random()
         if kind < 0.55:
@@ -418,14 +427,15 @@ def _fit(
     smallest, largest = tier.sizes
     smallest = max(smallest, min(largest, math.ceil(_MIN_X_HEIGHT / metrics.x_height)))
     spacing = rng.uniform(*tier.spacing)
-    narrow = 1.0 if tier.characters[0] > 128 else rng.uniform(0.55, 1.0)
+    narrow = 1.0 if tier.characters[0] > 128 or tier.filled else rng.uniform(0.55, 1.0)
     while len(text) >= low:
         width = len(text) * metrics.mean_advance
         if tier.wrap:
             fitting = 0.95 * room / math.sqrt(width * spacing * (metrics.ascent + metrics.descent))
         else:
             fitting = room / width
-        size = rng.randint(smallest, max(smallest, min(largest, int(fitting / scale))))
+        most_legible = max(smallest, min(largest, int(fitting / scale)))
+        size = most_legible if tier.filled else rng.randint(smallest, most_legible)
         while size >= smallest:
             face = _face(path, size * scale)
             pens = face.pens(text)

@@ -7,14 +7,14 @@ characters, and slot i looks where the index is i. The sum is the number of char
 agree. Slots see only their neighbours, so that those past the end of the text need not be computed.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
@@ -22,9 +22,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.layers import DropPath, SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
+from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
+from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder
+from regard.modeling.layers import SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
 
-SURE = 0.15  # a cell whose expected number of characters is nearer than this to a whole number is sure of it
 OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
 
 
@@ -35,7 +36,7 @@ class ImageTextSlotOutput(ModelOutput):
         loss: weighted sum of the parts, a scalar; given `labels`.
         loss_ce: cross-entropy of the slots.
         loss_count: Huber loss of the number of tokens.
-        loss_cells: cross-entropy of the number of characters by cell, a character.
+        loss_cells: cross-entropy of the characters' presence in the counter's frames, a character.
         loss_lines: smooth L1 loss of the line positions, in cell heights.
         loss_characters: cross-entropy of the characters named in their cells.
         loss_look: negative log of the mean attention of each slot on its character's cell.
@@ -77,197 +78,6 @@ class ImageTextSlotReading:
     scores: list[torch.Tensor]
     boxes: list[torch.Tensor]
     count_pred: torch.Tensor
-
-
-class CellCounts(NamedTuple):
-    """Logits of the number of characters in each cell `(batch, cells, max_per_cell + 1)`, the distance of the cell's
-    line below its centre in cell heights `(batch, cells)`, and the expected number `(batch, cells)`."""
-
-    logits: torch.Tensor
-    line_offset: torch.Tensor
-    occupancy: torch.Tensor
-
-
-class ConvBlock(GradientCheckpointingLayer):
-    """ConvNeXt's residual block (Liu et al., 2022), depth-wise or dense; `(batch, channels, height, width)`."""
-
-    def __init__(self, config, hidden_size: int, drop_path_rate: float):
-        super().__init__()
-        self.conv = nn.Conv2d(
-            hidden_size,
-            hidden_size,
-            config.kernel_size,
-            padding=config.kernel_size // 2,
-            groups=hidden_size if config.depthwise else 1,
-        )
-        self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.up_proj = nn.Linear(hidden_size, config.expansion * hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.expansion * hidden_size, hidden_size)
-        self.layer_scale = nn.Parameter(torch.full((hidden_size,), config.layer_scale_init_value))
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Depth-wise convolutions are several times slower in bfloat16 than in float32 on a CPU.
-        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and self.conv.groups == 1):
-            branch = self.conv(hidden_states.to(self.conv.weight.dtype) if self.conv.groups > 1 else hidden_states)
-        branch = self.norm(branch.permute(0, 2, 3, 1))  # (batch, height, width, channels)
-        branch = self.down_proj(self.activation(self.up_proj(branch))) * self.layer_scale
-        return hidden_states + self.drop_path(branch.permute(0, 3, 1, 2))
-
-
-class ContextLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer over all cells of a stage; `(batch, cells, channels)`."""
-
-    def __init__(self, config, encoder_config):
-        super().__init__()
-        hidden_size = encoder_config.hidden_sizes[-1]
-        self.attention_norm = nn.LayerNorm(hidden_size, eps=encoder_config.layer_norm_eps)
-        self.attention = Attention(config, hidden_size, encoder_config.num_attention_heads)
-        self.mlp_norm = nn.LayerNorm(hidden_size, eps=encoder_config.layer_norm_eps)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, encoder_config.context_expansion * hidden_size),
-            ACT2FN[encoder_config.hidden_act],
-            nn.Linear(encoder_config.context_expansion * hidden_size, hidden_size),
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))[0]
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of `(batch, channels, height, width)`."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def normalize_contrast(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images `(batch, channels, height, width)` at mean 0 and deviation 1, inverted where the rarer pixels, which are
-    the ink, are the darker ones: a third moment below 0."""
-    pixel_values = pixel_values.float()
-    centred = pixel_values - pixel_values.mean((1, 2, 3), keepdim=True)
-    deviation = centred.square().mean((1, 2, 3), keepdim=True).sqrt()
-    ink_is_dark = centred.pow(3).mean((1, 2, 3), keepdim=True) < 0
-    return torch.where(ink_is_dark, -centred, centred) / (deviation + 0.05)  # 0.05: an empty image stays nearly empty
-
-
-class ImageTextSlotEncoder(nn.Module):
-    """Image `(batch, channels, height, width)` to the memory stage's features `(batch, dim, rows, columns)`."""
-
-    def __init__(self, config: ImageTextSlotConfig):
-        super().__init__()
-        encoder = config.encoder_config
-        blocks = sum(encoder.depths) + encoder.fusion_depth
-        rates = [encoder.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
-        self.normalize_contrast = encoder.normalize_contrast
-        self.memory_stage = encoder.memory_stage
-        self.entries, self.stages = nn.ModuleList(), nn.ModuleList()
-        previous = encoder.num_channels
-        for stage, (hidden_size, depth, stride) in enumerate(
-            zip(encoder.hidden_sizes, encoder.depths, encoder.strides, strict=True)
-        ):
-            if stage == 0:
-                kernel = encoder.stem_kernel_size
-                padding = ((kernel - stride[0] + 1) // 2, (kernel - stride[1] + 1) // 2)
-                conv = nn.Conv2d(previous, hidden_size, kernel, (stride[0], stride[1]), padding)
-                entry = nn.Sequential(conv, ChannelNorm(hidden_size, eps=encoder.layer_norm_eps))
-            else:
-                conv = nn.Conv2d(previous, hidden_size, (stride[0], stride[1]), (stride[0], stride[1]))
-                entry = nn.Sequential(ChannelNorm(previous, eps=encoder.layer_norm_eps), conv)
-            self.entries.append(entry)
-            self.stages.append(nn.Sequential(*[ConvBlock(encoder, hidden_size, rates.pop(0)) for _ in range(depth)]))
-            previous = hidden_size
-        self.context = nn.ModuleList([ContextLayer(config, encoder) for _ in range(encoder.num_context_layers)])
-        memory_size = encoder.hidden_sizes[encoder.memory_stage]
-        last = len(encoder.hidden_sizes) - 1
-        self.context_norm = nn.LayerNorm(previous, eps=encoder.layer_norm_eps) if self.memory_stage < last else None
-        self.context_proj = nn.Linear(previous, memory_size) if self.memory_stage < last else None
-        self.fusion = nn.Sequential(
-            *[ConvBlock(encoder, memory_size, rates.pop(0)) for _ in range(encoder.fusion_depth)]
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self.normalize_contrast:
-            pixel_values = normalize_contrast(pixel_values).to(pixel_values.dtype)
-        hidden_states, memory = pixel_values, pixel_values
-        for index, (entry, stage) in enumerate(zip(self.entries, self.stages, strict=True)):
-            hidden_states = stage(entry(hidden_states))
-            if index == self.memory_stage:
-                memory = hidden_states
-        if self.context:
-            height, width = hidden_states.shape[2:]
-            cells = hidden_states.flatten(2).transpose(1, 2)  # (batch, cells, channels)
-            cells = cells + sinusoidal_positions_2d(height, width, cells.shape[-1], cells.device).to(cells.dtype)
-            for layer in self.context:
-                cells = layer(cells)
-            hidden_states = cells.transpose(1, 2).unflatten(2, (height, width))
-        if self.context_proj is None:
-            return self.fusion(hidden_states)
-        context = self.context_proj(self.context_norm(hidden_states.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return self.fusion(memory + nn.functional.interpolate(context, memory.shape[2:], mode="nearest"))
-
-
-class CellCounter(nn.Module):
-    """Counts the characters of each cell and finds the line they stand on."""
-
-    def __init__(self, config: ImageTextSlotConfig, hidden_size: int):
-        super().__init__()
-        self.line_tolerance = config.counter_config.line_tolerance
-        self.proj = nn.Linear(hidden_size, config.counter_config.max_per_cell + 2)
-
-    def forward(self, memory: torch.Tensor) -> CellCounts:
-        """Counts of a memory `(batch, cells, hidden_size)`."""
-        with torch.autocast(memory.device.type, enabled=False):  # what is added up over all cells needs its last digits
-            output = nn.functional.linear(memory.float(), self.proj.weight.float(), self.proj.bias.float())
-        logits, line_offset = output[..., :-1], output[..., -1]
-        numbers = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
-        return CellCounts(logits, line_offset, (logits.softmax(-1) * numbers).sum(-1))
-
-    @torch.no_grad()
-    def gaze(
-        self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where the slots are to look: index of the token that each cell holds and how many it holds, both `(batch,
-        cells)`, and the number of tokens `(batch, 1)`. A cell that holds several tokens lies between their indices."""
-        return self._whole_numbers(occupancy, self._in_reading_order(occupancy, line_offset, rows, columns))
-
-    def _in_reading_order(
-        self, occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int, columns: int
-    ) -> torch.Tensor:
-        """Coordinates `(batch, cells)`: the characters before each cell, half of its own, and half a token for the
-        start. A character stands before another if its line is higher, or if the lines are one and its column is
-        further left. Lines are compared where they cross the image's vertical middle, so that they may be tilted."""
-        cells = torch.arange(rows * columns, device=occupancy.device)
-        row, column = cells // columns, cells % columns
-        line = row + line_offset
-        below = line[:, :, None] - line[:, None, :]  # (batch, cells, cells): how far the first lies below the second
-        left = 0.5 + 0.5 * (column[:, None] - column[None, :]).clamp(-1, 1)  # 1: the second lies further left
-        before = torch.where(below.abs() <= self.line_tolerance, left, (below > 0).to(left.dtype))
-        with torch.autocast(occupancy.device.type, enabled=False):
-            return torch.einsum("bij,bj->bi", before, occupancy) + 0.5
-
-    def _whole_numbers(
-        self, occupancy: torch.Tensor, coordinates: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Expected numbers made whole, so that small errors do not add up along the text: in reading order every cell
-        that is nearly sure of its characters ends a group, and each group holds a whole number of them. (A character on
-        the edge between two cells, half in each, thus counts as one.)"""
-        order = coordinates.argsort(dim=1, stable=True)
-        numbers = occupancy.gather(1, order)
-        ends = ((numbers - numbers.round()).abs() < SURE) & (numbers > 0.5)
-        group = ends.long().cumsum(1) - ends.long()
-        soft = torch.zeros_like(numbers).scatter_add(1, group, numbers)  # (batch, groups)
-        whole = soft.round()
-        stretch = (whole / soft.clamp(min=1e-6)).gather(1, group)
-        within = numbers.cumsum(1) - (soft.cumsum(1) - soft).gather(1, group) - numbers / 2
-        settled = (whole.cumsum(1) - whole).gather(1, group) + within * stretch + 0.5
-        return (
-            torch.empty_like(settled).scatter(1, order, settled),
-            torch.empty_like(settled).scatter(1, order, numbers * stretch),
-            whole.sum(1, keepdim=True) + 2,
-        )
 
 
 class SlotDecoderLayer(GradientCheckpointingLayer):
@@ -374,18 +184,18 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self,
         memory: torch.Tensor,
         grid: Sequence[int],
-        num_slots: int,
+        window: range,
         gaze: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `(batch, slots, vocab_size)` of the first slots and the weights of their last look.
+        """Logits `(batch, slots, vocab_size)` of the slots in `window` and the weights of their last look.
 
         `gaze` says where the slots are to look: coordinates and occupancy of the cells `(batch, cells)` and number of
         tokens `(batch, 1)`.
         """
         slot = self.config.slot_config
-        index = torch.arange(num_slots, device=memory.device)
-        slots = self.slots[:num_slots]
+        index = torch.arange(window.start, window.stop, device=memory.device)
+        slots = self.slots[window.start : window.stop]
         if slot.slot_positions:
             slots = slots + sinusoidal_positions(index, slot.hidden_size).to(slots.dtype)
         slots = slots.expand(memory.shape[0], -1, -1)
@@ -425,12 +235,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         waves = distance * torch.tensor([0.5, 1.0, 2.0], device=distance.device) * torch.pi
         return bias, torch.cat((waves.sin(), waves.cos()), dim=-1)
 
-    def _count(self, memory: torch.Tensor) -> tuple[torch.Tensor, CellCounts | None]:
+    def _count(self, memory: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, CellCounts | None]:
         """Expected number of tokens `(batch, 1)` and, where cells are counted, what each holds."""
         if not self.counts_cells:
             return self.counter(memory.mean(1)).float(), None
-        cells = self.counter(memory)
-        return cells.occupancy.sum(1, keepdim=True) + 2, cells
+        cells = self.counter(memory, *grid)
+        return cells.logits.sigmoid().sum((1, 2))[:, None] + 2, cells
 
     @can_return_tuple
     @capture_outputs(tie_last_hidden_states=False)
@@ -452,7 +262,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 its line at the vertical middle, as shares of the image `(batch, tokens, 3)`; -1 where unknown.
         """
         memory, *grid = self.encode(pixel_values)
-        count_pred, cells = self._count(memory)
+        count_pred, cells = self._count(memory, grid)
         targets = None
         if labels is not None:
             if labels.shape[1] > self.config.num_slots:
@@ -463,25 +273,33 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         gaze = None
         if cells is not None and self.config.slot_config.position_sharpness > 0:
             if self.training and targets is not None and attention_mask is not None:
-                gaze = self._teach(targets, attention_mask, cells, grid)
+                gaze = self._teach(targets, attention_mask, cells)
             else:
-                gaze = self.counter.gaze(cells.occupancy, cells.line_offset, *grid)
-        num_slots = self.config.num_slots if labels is None else labels.shape[1]
+                gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
+        window = self._window(labels)
         need_weights = targets is not None and self.config.look_loss_weight > 0
-        logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights)
+        logits, weights = self._decode(memory, grid, window, gaze, need_weights)
         losses: dict[str, Any] = {}
         if labels is not None:
             looked = weights if need_weights else None
-            losses = self._losses(logits, count_pred, labels, attention_mask, memory, cells, targets, looked)
-        occupancy = None if cells is None else cells.occupancy
+            losses = self._losses(logits, window, count_pred, labels, attention_mask, memory, cells, targets, looked)
+        occupancy = None if cells is None else self.counter.by_cell(cells.logits.sigmoid())
         return ImageTextSlotOutput(**losses, logits=logits, count_pred=count_pred, occupancy=occupancy)
+
+    def _window(self, labels: torch.Tensor | None) -> range:
+        """The slots to compute: as many as there are columns of labels, all without; in training perhaps some only."""
+        columns, window = self.config.num_slots if labels is None else labels.shape[1], self.config.training_slots
+        if not self.training or window is None or window >= columns:
+            return range(columns)
+        start = random.randrange(columns - window + 1)
+        return range(start, start + window)
 
     def _cell_targets(
         self, positions: torch.Tensor, labels: torch.Tensor, grid: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the
         line below the cell's centre in cell heights), `characters` (the token where there is but one, else -100);
-        besides `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
+        `frames`, whether a character is centred in each `(batch, rows, frames)`; besides `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
         rows, columns = grid
         row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
         column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)
@@ -495,9 +313,14 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             return sums.scatter_add(1, target, values)[:, :-1]
 
         counts = per_cell(placed.float())
+        per_row = columns * self.config.counter_config.frames_per_cell
+        frame = row * per_row + (positions[..., 0] * per_row).floor().clamp(0, per_row - 1)
+        frames = positions.new_zeros(labels.shape[0], rows * per_row + 1)
+        frames = frames.scatter(1, torch.where(placed, frame, rows * per_row).long(), 1.0)[:, :-1]
         line = positions[..., 2] * rows - row - 0.5
         return {
             "counts": counts,
+            "frames": frames.unflatten(1, (rows, per_row)),
             "coordinates": per_cell(index.float() * placed) / counts.clamp(min=1),
             "lines": per_cell(line * placed) / counts.clamp(min=1),
             "characters": torch.where(counts == 1, per_cell(labels.clamp(min=0).float()).long(), -100),
@@ -510,7 +333,6 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         targets: dict[str, torch.Tensor],
         attention_mask: torch.Tensor,
         cells: CellCounts,
-        grid: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where the slots are sent in training: to the true places, but in the share `1 - teacher_forcing` of the
         images (and where the true ones are unknown) to the predicted ones, unless these are more than half a character
@@ -518,7 +340,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         coordinates, counts = targets["coordinates"].clone(), targets["counts"].clone()
         count = attention_mask.sum(1, keepdim=True).to(counts.dtype)
         free = (torch.rand(len(counts), device=counts.device) >= self.config.teacher_forcing) | ~targets["known"]
-        predicted, numbers, count_pred = self.counter.gaze(cells.occupancy[free], cells.line_offset[free], *grid)
+        predicted, numbers, count_pred = self.counter.gaze(cells.logits[free].sigmoid(), cells.line_offset[free])
         error = (predicted - coordinates[free]).abs().masked_fill(counts[free] == 0, 0).amax(1, keepdim=True)
         close = (torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5) | ~targets["known"][free, None]
         coordinates[free] = torch.where(close, predicted, coordinates[free])
@@ -527,10 +349,10 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         return coordinates, counts, count
 
     def _losses(
-        self, logits, count_pred, labels, attention_mask, memory, cells, targets, weights
+        self, logits, window, count_pred, labels, attention_mask, memory, cells, targets, weights
     ) -> dict[str, torch.Tensor]:
         config, counter = self.config, self.config.counter_config
-        losses = {"loss_ce": self._slot_loss(logits, labels)}
+        losses = {"loss_ce": self._slot_loss(logits, labels, window)}
         count = attention_mask.sum(1, keepdim=True).to(count_pred.dtype)
         scale = count.sqrt() if counter.normalize_loss else 1.0
         losses["loss_count"] = nn.functional.huber_loss(count_pred / scale, count / scale)
@@ -539,9 +361,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             counts, known = targets["counts"], targets["known"]
             occupied = counts > 0
             characters = counts.sum().clamp(min=1)
-            number = counts.clamp(max=counter.max_per_cell).long().masked_fill(~known[:, None], -100)
-            wrong = nn.functional.cross_entropy(cells.logits.flatten(0, 1), number.flatten(), reduction="sum")
-            losses["loss_cells"] = wrong / characters
+            wrong = nn.functional.binary_cross_entropy_with_logits(cells.logits, targets["frames"], reduction="none")
+            losses["loss_cells"] = (wrong.sum((1, 2)) * known).sum() / characters
             lines = nn.functional.smooth_l1_loss(cells.line_offset, targets["lines"], reduction="none")
             losses["loss_lines"] = (lines * occupied).sum() / occupied.sum().clamp(min=1)
             loss = loss + config.cell_loss_weight * losses["loss_cells"]
@@ -553,18 +374,20 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 losses["loss_characters"] = cross_entropy / single.sum().clamp(min=1)
                 loss = loss + config.character_loss_weight * losses["loss_characters"]
             if weights is not None:
-                placed = targets["cell"] >= 0
-                look = weights.mean(1).gather(2, targets["cell"].clamp(min=0)[..., None]).squeeze(-1)  # (batch, slots)
+                cell = targets["cell"][:, window.start : window.stop]
+                placed = cell >= 0
+                look = weights.mean(1).gather(2, cell.clamp(min=0)[..., None]).squeeze(-1)  # (batch, slots)
                 look = -(look.float().clamp(min=1e-6).log() * placed).sum() / placed.sum().clamp(min=1)
                 losses["loss_look"] = look
                 loss = loss + config.look_loss_weight * look
         return {"loss": loss, **losses}
 
-    def _slot_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _slot_loss(self, logits: torch.Tensor, labels: torch.Tensor, window: range) -> torch.Tensor:
         """Cross-entropy of the real tokens; the first slots after the end count a little, as padding."""
         config = self.config
+        ended = (labels < 0).cumsum(1)[:, window.start : window.stop]
+        labels = labels[:, window.start : window.stop]
         real = labels >= 0
-        ended = (~real).cumsum(1)
         padded = ~real & (ended <= config.pad_slots)
         weight = real.float() + config.pad_loss_weight * padded
         loss = nn.functional.cross_entropy(
@@ -588,15 +411,15 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         config = self.config
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         memory, *grid = self.encode(pixel_values)
-        count_pred, cells = self._count(memory)
+        count_pred, cells = self._count(memory, grid)
         gaze = None
         if cells is not None and config.slot_config.position_sharpness > 0:
-            gaze = self.counter.gaze(cells.occupancy, cells.line_offset, *grid)
+            gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
             count_pred = gaze[2]
         length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
         margin = config.slot_config.mixing_radius * config.slot_config.num_decoder_steps
         num_slots = min(int(length.max()) + 2 + margin, config.num_slots)
-        logits, weights = self._decode(memory, grid, num_slots, gaze, need_weights=True)
+        logits, weights = self._decode(memory, grid, range(num_slots), gaze, need_weights=True)
         scores, tokens = logits.float().softmax(-1).max(-1)
         boxes = self._regions(weights.float().mean(1), *grid)
         if cells is not None:  # the end token and the counter nearly agree: within two slots the token decides

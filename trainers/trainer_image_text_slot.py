@@ -53,6 +53,9 @@ class SlotTrainingArguments(TrainingArguments):
     teacher_forcing_steps: int = field(
         default=0, metadata={"help": "For this many steps all slots are told the true places of their characters."}
     )
+    training_slots: int | None = field(
+        default=None, metadata={"help": "Slots computed of each text, from a random one on; default: all."}
+    )
     augment_shift: float = field(default=0.0, metadata={"help": "Largest shift, as a share of the side, e.g. 0.02."})
     augment_blur: float = field(default=0.0, metadata={"help": "Largest share of the neighbours' light, e.g. 0.3."})
     augment_brightness: float = field(default=0.0, metadata={"help": "Largest change, of the full range, e.g. 0.1."})
@@ -134,6 +137,7 @@ class SlotTrainer(RegardTrainer):
         model = model.to(memory_format=torch.channels_last)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
+        config.training_slots = args.training_slots
         self._count_weight, self._teacher_forcing = config.counter_config.loss_weight, config.teacher_forcing
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
-from regard.data.rendered_text import RenderedTextDataset
+from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
 from regard.hub import resolve
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
@@ -68,6 +68,9 @@ class ImageTextSlotDataArguments:
         default_factory=lambda: ["line=1", "block=1", "dense=1", "noisy=1"],
         metadata={"help": "tiers of generated images, with their weights"},
     )
+    eval_tiers: list[str] = field(
+        default_factory=lambda: list(TIERS), metadata={"help": "tiers of generated images to evaluate on"}
+    )
     train_images: int = field(default=1_000_000, metadata={"help": "generated images to learn from"})
     eval_images: int = field(default=400, metadata={"help": "images to evaluate on, at most (of each tier)"})
     generator_seed: int = field(default=0, metadata={"help": "seed of the generated images"})
@@ -109,7 +112,7 @@ def build_image_text_slot(
         )
         evaluation = {
             tier: RenderedTextDataset("validation", tier, size=data_args.eval_images, seed=data_args.generator_seed)
-            for tier in tiers
+            for tier in data_args.eval_tiers
         }
     return SlotTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
 
