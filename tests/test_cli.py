@@ -235,16 +235,18 @@ def test_a_batch_too_large_for_memory_is_halved(tiny_checkpoint, folder):
 import re, resource, sys
 import regard.cli, regard_cli, torch
 torch.set_num_threads(1)
+read, image, *rest = sys.argv[1:]
+regard_cli.main([read, image, *rest])  # what the first image loads, for good, shall not count
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000, size + 300_000_000))
-sys.exit(regard_cli.main(sys.argv[1:]))
+resource.setrlimit(resource.RLIMIT_AS, (size + 500_000_000, size + 500_000_000))
+sys.exit(regard_cli.main([read, *[image] * 600, *rest]))
 """
-    images = [str(folder / "a/one.png")] * 300
-    arguments = ["read", *images, "--csv", "--model", str(tiny_checkpoint), "--batch-size", "300", "--device", "cpu"]
+    image = str(folder / "a/one.png")
+    arguments = ["read", image, "--csv", "--model", str(tiny_checkpoint), "--batch-size", "600", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=200)
-    assert "not enough memory for 300 images at a time; going on with 150" in done.stderr
+    assert "not enough memory for 600 images at a time; going on with 300" in done.stderr
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("one.png") == 300
+    assert done.stdout.count("one.png") == 1 + 600
 
 
 def test_a_closed_pipe_ends_quietly(tiny_checkpoint, folder):

@@ -25,7 +25,8 @@ from regard_cli import EXIT_FAILED, EXIT_OK, EXIT_PARTIAL
 
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
 _ADDRESSES = ("http://", "https://")
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# The last is what oneDNN says when it gets no memory for a kernel.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory|could not create a", re.IGNORECASE)
 
 
 def read(options: argparse.Namespace) -> int:
