@@ -37,9 +37,9 @@ format: $(VENV)/.installed-dev ## put the code into its format
 bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
 	$(BIN)/python benchmarks/read.py $(BENCH_ARGS)
 
-train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped
+train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/image_text_slot_5m.yaml
+	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/image_text_slot_5m.yaml $(TRAIN_ARGS)
 
 fonts: ## install the fonts that training and evaluation draw with (Debian, as root)
 	@if [ "$$(id -u)" = 0 ]; then \

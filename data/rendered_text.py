@@ -90,8 +90,8 @@ class RenderedTextDataset(Dataset):
     Tiers: `line` (1 to 24 characters, 9 to 28 px), `block` (25 to 128, wrapped, 9 to 16 px), `dense` (129 to 512, 6 to
     9 px, at least 3 px per lower-case x), `noisy` (4 to 24 letters and digits in groups, 10 to 20 px, tilted by up to 5
     degrees, blurred by up to 1 px, noise of up to 25 of 255 grey levels). In the train split three in ten images of
-    `line`, `block` and `page` are slightly degraded as well. `page` and `noisy_page` are to learn from: like `block` and
-    `noisy`, but the text fills the image, so that each holds several times more to learn.
+    `line`, `block` and `page` are slightly degraded as well. `page` and `noisy_page` are to learn from: like `block`
+    and `noisy`, but the text fills the image, so that each holds several times more to learn.
 
     Args:
         split: "train", "validation" or "test".
@@ -152,9 +152,10 @@ class RenderedTextDataset(Dataset):
         path = rng.choice(rng.choice(self.families))
         limit = min(tier.characters[1], self._limit(index))
         low = min(tier.characters[0], limit)
+        varied = self.split == "train" and name in ("line", "block", "page")
         while True:
             text = self._text(rng, name, rng.randint(low, limit))
-            sample = _render(rng, text, tier, path, low, limit, self.split == "train" and name in ("line", "block", "page"))
+            sample = _render(rng, text, tier, path, low, limit, varied)
             if sample is not None:
                 return {**sample, "tier": name, "font": os.path.basename(path)}
 

@@ -1,8 +1,8 @@
 """The encoder of ImageTextSlot: a grey image to the features of its memory cells.
 
 ConvNeXt-style stages (Liu et al., 2022), then self-attention over the cells of the last stage, whose result is added to
-those of the memory stage. Unusual: the image's contrast is normalised first, ink always brighter than paper, and on CPUs
-dense 3x3 convolutions do for less time what depth-wise 7x7 ones do.
+those of the memory stage. Unusual: the image's contrast is normalised first, ink always brighter than paper, and the
+3x3 convolutions are dense, which on CPUs takes less time than depth-wise 7x7 ones.
 """
 
 import torch

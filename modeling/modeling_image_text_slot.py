@@ -299,7 +299,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the
         line below the cell's centre in cell heights), `characters` (the token where there is but one, else -100);
-        `frames`, whether a character is centred in each `(batch, rows, frames)`; besides `cell` `(batch, tokens)` (-1 where unknown) and `known` `(batch,)`."""
+        besides `frames`, 1 where a character is centred, `(batch, rows, frames)`, `cell` `(batch, tokens)` (-1 where
+        unknown) and `known` `(batch,)`."""
         rows, columns = grid
         row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
         column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)

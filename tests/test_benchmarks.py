@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
 
 from regard.data.rendered_text import FONTS_TABLE, SPLITS, TIERS
 
@@ -128,3 +130,18 @@ def test_texts_are_put_in_reading_order(peers):
 
     boxes = [box(40, 1), box(0, 9), box(40, 8), box(5, 0), box(0, 18)]
     assert peers.in_reading_order(boxes, ["b", "c", "d", "a", "e"]) == "a b\nc d\ne"
+
+
+def test_the_counter_is_calibrated_and_saved(root: Path, fonts: str, tiny_checkpoint: Path, tmp_path: Path):
+    script = str(root / "benchmarks" / "calibrate_counter.py")
+    arguments = [str(tiny_checkpoint), "--tiers", "line", "--images", "2", "--save", str(tmp_path / "saved")]
+    environment = {**os.environ, "REGARD_FONTS_DIR": fonts}
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    shift = float(done.stdout.rsplit(": ", 1)[1])
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "saved"))
+    change = after["counter.presence.bias"].float() - before["counter.presence.bias"].float()
+    assert change.item() == pytest.approx(shift, abs=1e-2)
+    assert after["slots"].dtype == torch.float16

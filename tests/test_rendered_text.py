@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from regard.data.rendered_text import FONTS_TABLE, IMAGE_SIZE, SPLITS, TIERS, RenderedTextDataset, _Face, _turn
+from regard.data.rendered_text import FONTS_TABLE, IMAGE_SIZE, SPLITS, TIERS, TRAINING_TIERS, RenderedTextDataset, _Face, _turn
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,20 @@ def test_samples_keep_what_their_tier_says(tier, split, fonts):
     assert max(lengths) - min(lengths) > (high - low) / 3
     if tier == "noisy":
         assert all(character.isalnum() or character in " \n" for character in text)
+
+
+@pytest.mark.parametrize(("tier", "like"), [("page", "block"), ("noisy_page", "noisy")])
+def test_pages_are_full(tier, like, fonts):
+    """Several times the characters of the tier that they prepare for, in the largest type that has room."""
+    low, high = TRAINING_TIERS[tier].characters
+    full, other = (samples(40, "train", name, seed=3, **fonts) for name in (tier, like))
+    assert all(low <= len(sample["text"]) <= high for sample in full)
+    assert sum(len(sample["text"]) for sample in full) > 1.8 * sum(len(sample["text"]) for sample in other)
+    for sample in full:
+        assert all(0 <= x0 < x1 <= IMAGE_SIZE and 0 <= y0 < y1 <= IMAGE_SIZE for x0, y0, x1, y1 in sample["boxes"])
+        assert len(sample["boxes"]) == len(sample["text"])
+    heights = [max(box[3] for box in sample["boxes"]) - min(box[1] for box in sample["boxes"]) for sample in full]
+    assert np.median(heights) > (0.6 if tier == "noisy_page" else 0.75) * IMAGE_SIZE
 
 
 @pytest.mark.parametrize("tier", ["line", "block", "dense"])
@@ -234,7 +248,7 @@ def test_missing_fonts_name_packages_to_install(tmp_path):
     ("arguments", "message"),
     [
         ({"split": "dev"}, "split is 'dev'; give one of train, validation, test"),
-        ({"tiers": "lines"}, r"unknown tiers \['lines'\]; there are line, block, dense, noisy"),
+        ({"tiers": "lines"}, r"unknown tiers \['lines'\]; there are line, block, dense, noisy, page, noisy_page"),
         ({"tiers": {"line": 0}}, "weights"),
         ({"tiers": {"line": 1, "block": -1}}, "weights"),
         ({"max_characters": [(10, 20), (0, 10)]}, "max_characters must rise"),

@@ -168,6 +168,15 @@ def test_without_curricula_nothing_changes(tmp_path):
     assert trainer.model.config.teacher_forcing == 0.5
 
 
+@pytest.mark.parametrize("training_slots", [None, 3])
+def test_a_window_of_slots_trains(tmp_path, training_slots):
+    trainer = make_trainer(tmp_path, training_slots=training_slots)
+    assert trainer.model.config.training_slots == training_slots
+    inputs = trainer.data_collator([row("a word")])
+    _, outputs = trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)
+    assert outputs.logits.shape[1] == (training_slots or len("a word") + 2)
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(0, 40), (5, 32)])
 def test_slots_grow(tmp_path, steps, expected):
     """`tiny` has 64 slots; while the curriculum lasts a text is cut to half of them."""
