@@ -28,9 +28,7 @@ CLASSES = (
 )
 
 
-def load_fashion_mnist(
-    split: str, folder: str | Path = FOLDER, validation_size: int = 5000, seed: int = 0
-) -> Dataset:
+def load_fashion_mnist(split: str, folder: str | Path = FOLDER, validation_size: int = 5000, seed: int = 0) -> Dataset:
     """Images as the columns `pixel_values` (grey) and `label`.
 
     Args:

@@ -36,8 +36,7 @@ class Partition(NamedTuple):
         return cls((rate, rate), (-(-rows // rate), -(-columns // rate)), interleaved=True)
 
     def _shape(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
-        """What rows and columns unfold to, and the order that puts groups before cells, which is its own inverse
-        where windows are cut."""
+        """What rows and columns unfold to, and the order that puts groups before cells."""
         if self.interleaved:
             rows, columns = zip(self.cells, self.groups, strict=True)
             return rows, columns, (0, 2, 4, 1, 3, 5)

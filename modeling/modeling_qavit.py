@@ -136,7 +136,12 @@ class QAViTBranches(nn.Module):
 
     def __init__(self, config: QAViTConfig):
         super().__init__()
-        dim, heads, groups, pool = config.compressed_dim, config.num_heads, config.num_channel_groups, config.kv_pool_size
+        dim, heads, groups, pool = (
+            config.compressed_dim,
+            config.num_heads,
+            config.num_channel_groups,
+            config.kv_pool_size,
+        )
         windows = [partial(Partition.windows, largest=config.window_size)]
         dilated = [partial(Partition.dilated, rate=rate) for rate in config.dilation_factors]
         whole = [partial(Partition.dilated, rate=1)]
@@ -171,6 +176,10 @@ class QAViTBranches(nn.Module):
         return torch.stack(found, dim=-2), tuple(attentions) if whole else None, compressed, bank
 
 
+class QAViTGate(nn.Linear):
+    """Starts at zero: all branches weigh the same at first."""
+
+
 class QAViTFusion(nn.Module):
     """Weighs what the branches found and passes it through the bottleneck."""
 
@@ -180,7 +189,7 @@ class QAViTFusion(nn.Module):
         bottleneck = config.embed_dim // config.bottleneck_ratio
         by_token = config.fusion == "token"
         # The softmax over a single branch is 1 and would teach nothing.
-        self.gate = nn.Linear(dim, number) if by_token and number > 1 else None
+        self.gate = QAViTGate(dim, number) if by_token and number > 1 else None
         self.gate_logits = nn.Parameter(torch.zeros(number)) if not by_token and number > 1 else None
         self.down_proj = nn.Linear(number * dim, bottleneck)
         self.activation = ACT2FN[config.hidden_act]
@@ -267,16 +276,15 @@ class QAViTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, QAViTGate):
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
         elif isinstance(module, QAViTLayer):
             init.constant_(module.attention_scale, self.config.layer_scale_init_value)
             init.constant_(module.mlp_scale, self.config.layer_scale_init_value)
-        elif isinstance(module, QAViTFusion):
-            if module.gate is not None:  # parents come after their children: all branches weigh the same at first
-                init.zeros_(module.gate.weight)
-            if module.gate_logits is not None:
-                init.zeros_(module.gate_logits)
+        elif isinstance(module, QAViTFusion) and module.gate_logits is not None:
+            init.zeros_(module.gate_logits)
         elif isinstance(module, ChannelAttention):
             init.ones_(module.temperature)
         elif isinstance(module, QAViTBankGateway):
@@ -315,7 +323,7 @@ class QAViTModel(QAViTPreTrainedModel):
             raise ValueError(f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {patch}; resize it.")
         embedded = self.embeddings(pixel_values.to(self.norm.weight.dtype))
         hidden_states = embedded.flatten(2).transpose(1, 2)  # (batch, tokens, embed_dim)
-        bank = self.gateway.tokens.expand(len(pixel_values), -1, -1) if self.gateway is not None else None
+        bank = self.gateway.tokens.expand(pixel_values.shape[0], -1, -1) if self.gateway is not None else None
         fusion_weights = []
         for layer in self.layers:
             hidden_states, bank, weights = layer(hidden_states, bank, embedded.shape[3], self.gateway, self.shared)

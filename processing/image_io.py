@@ -261,4 +261,13 @@ class _PillowLimitLifted:
 _pillow_limit_lifted = _PillowLimitLifted()
 
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageReadError", "find_images", "open_image", "open_images", "to_grey_or_rgb", "to_pil"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageReadError",
+    "find_images",
+    "open_image",
+    "open_images",
+    "to_grey_or_rgb",
+    "to_pil",
+]

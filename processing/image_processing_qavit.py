@@ -18,8 +18,8 @@ from regard.processing.image_io import open_images, to_pil
 class QAViTImageProcessor(PilBackend):
     """Turns images into `pixel_values` (batch, 3, height, width): RGB, resized to `size`, [0, 1], then normalised.
 
-    Give it the model's size, `QAViTImageProcessor(size=config.image_size)`, and its data's `image_mean` and `image_std`.
-    Takes a path, address, PIL image, numpy array or torch tensor, or a list of them; grey ones get three equal channels.
+    Give it the model's size, `QAViTImageProcessor(size=config.image_size)`, and its data's `image_mean`, `image_std`.
+    Takes a path, address, PIL image, numpy array or torch tensor, or a list of them; grey becomes three equal channels.
     """
 
     model_input_names = ["pixel_values"]

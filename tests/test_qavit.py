@@ -54,7 +54,8 @@ def naive_attention(attention: Any, grid: torch.Tensor, kinds: list[tuple[str, i
     for head in range(heads):
         weight = attention.qkv_proj.weight[3 * dim * head : 3 * dim * (head + 1)]
         query, key, value = (grid @ weight.T).split(dim, dim=-1)
-        for group in naive_groups(*[(k, rows, columns, v) for k, v in [kinds[kind_of[head] % len(kinds)]]][0]):
+        kind, value_of_kind = kinds[kind_of[head] % len(kinds)]
+        for group in naive_groups(kind, rows, columns, value_of_kind):
             for image in range(batch):
                 for r, c in group:
                     scores = torch.stack([query[image, r, c] @ key[image, i, j] for i, j in group]) / dim**0.5
@@ -338,7 +339,7 @@ def test_an_unknown_preset_is_refused():
 def test_backbone_gives_feature_maps(tmp_path):
     model = micro()
     model.save_pretrained(tmp_path)
-    backbone = AutoBackbone.from_pretrained(tmp_path, out_indices=[0, 2])
+    backbone = AutoBackbone.from_pretrained(str(tmp_path), out_indices=[0, 2])
     assert isinstance(backbone, QAViTBackbone)
     assert backbone.out_features == ["stem", "stage2"]
     assert backbone.channels == [64, 64]
@@ -348,7 +349,7 @@ def test_backbone_gives_feature_maps(tmp_path):
     assert outputs.hidden_states is None
     last = model(pixel_values).last_hidden_state
     torch.testing.assert_close(outputs.feature_maps[-1].flatten(2).transpose(1, 2), last)
-    named = AutoBackbone.from_pretrained(tmp_path, out_features=["stage1"])
+    named = AutoBackbone.from_pretrained(str(tmp_path), out_features=["stage1"])
     assert len(named(pixel_values, output_hidden_states=True).hidden_states) == 3
     named.save_pretrained(tmp_path / "backbone")
     assert json.loads((tmp_path / "backbone/config.json").read_text())["out_features"] == ["stage1"]
