@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 
 def eager_attention_forward(
@@ -23,6 +24,37 @@ def eager_attention_forward(
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    need_weights: bool = False,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the implementation that `module.config` names, scaled by `module.scaling`.
+
+    Args:
+        query, key, value: `(batch, heads, tokens, head_dim)`.
+        attention_mask: added to the scores, broadcast to `(batch, heads, queries, keys)`. Flash kernels take none, so
+            under them a call that has one goes to sdpa.
+        need_weights: return the weights under every implementation (computes them eagerly).
+
+    Returns:
+        the output `(batch, queries, heads, head_dim)` and the weights `(batch, heads, queries, keys)` or None.
+    """
+    implementation = module.config._attn_implementation or "eager"
+    if need_weights:
+        implementation = "eager"
+    elif attention_mask is not None and is_flash_attention_requested(requested_attention_implementation=implementation):
+        implementation = "sdpa"
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(query.dtype)
+    return attention(module, query, key, value, attention_mask, scaling=module.scaling, **kwargs)
 
 
 class Attention(nn.Module):
@@ -73,15 +105,8 @@ class Attention(nn.Module):
         """
         key, value = memory if memory is not None else self.project_memory(hidden_states, hidden_states)
         query = self._split_heads(self.q_proj(hidden_states))
-        attention = eager_attention_forward
-        if not need_weights:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation or "eager", eager_attention_forward
-            )
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(query.dtype)
-        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        output, weights = attend(self, query, key, value, attention_mask, need_weights, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
 
-__all__ = ["Attention", "eager_attention_forward"]
+__all__ = ["Attention", "attend", "eager_attention_forward"]

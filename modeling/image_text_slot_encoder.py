@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.layers import DropPath, sinusoidal_positions_2d
+from regard.modeling.layers import ChannelNorm, DepthwiseConv2d, DropPath, sinusoidal_positions_2d
 
 
 class ConvBlock(GradientCheckpointingLayer):
@@ -20,13 +20,10 @@ class ConvBlock(GradientCheckpointingLayer):
 
     def __init__(self, config, hidden_size: int, drop_path_rate: float):
         super().__init__()
-        self.conv = nn.Conv2d(
-            hidden_size,
-            hidden_size,
-            config.kernel_size,
-            padding=config.kernel_size // 2,
-            groups=hidden_size if config.depthwise else 1,
-        )
+        if config.depthwise:
+            self.conv = DepthwiseConv2d(hidden_size, config.kernel_size)
+        else:
+            self.conv = nn.Conv2d(hidden_size, hidden_size, config.kernel_size, padding=config.kernel_size // 2)
         self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(hidden_size, config.expansion * hidden_size)
         self.activation = ACT2FN[config.hidden_act]
@@ -35,10 +32,7 @@ class ConvBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Depth-wise convolutions are several times slower in bfloat16 than in float32 on a CPU.
-        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and self.conv.groups == 1):
-            branch = self.conv(hidden_states.to(self.conv.weight.dtype) if self.conv.groups > 1 else hidden_states)
-        branch = self.norm(branch.permute(0, 2, 3, 1))  # (batch, height, width, channels)
+        branch = self.norm(self.conv(hidden_states).permute(0, 2, 3, 1))  # (batch, height, width, channels)
         branch = self.down_proj(self.activation(self.up_proj(branch))) * self.layer_scale
         return hidden_states + self.drop_path(branch.permute(0, 3, 1, 2))
 
@@ -61,13 +55,6 @@ class ContextLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))[0]
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of `(batch, channels, height, width)`."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def normalize_contrast(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,25 @@ class DropPath(nn.Module):
         return hidden_states * keep.bernoulli_(1 - self.rate) / (1 - self.rate)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of `(batch, channels, height, width)`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Convolution of each channel by itself, in the precision of its weights: on a CPU it is several times slower in
+    bfloat16 than in float32."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(hidden_states.to(self.weight.dtype))
+
+
 class SwiGLU(nn.Module):
     """Gated perceptron (Shazeer, 2020): `down(silu(gate(x)) * up(x))`."""
 
@@ -51,4 +70,4 @@ def sinusoidal_positions_2d(height: int, width: int, size: int, device: torch.de
     return grid.flatten(0, 1)
 
 
-__all__ = ["DropPath", "SwiGLU", "sinusoidal_positions", "sinusoidal_positions_2d"]
+__all__ = ["ChannelNorm", "DepthwiseConv2d", "DropPath", "SwiGLU", "sinusoidal_positions", "sinusoidal_positions_2d"]

@@ -7,10 +7,11 @@ import threading
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 # 20,000 x 20,000 pixels are 400 million: read, within some 2 GB of memory. Above the limit: an error.
 MAX_PIXELS = 500_000_000
@@ -59,6 +60,43 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     finally:
         if not isinstance(stream, Image.Image):
             stream.close()
+
+
+def open_images(images: Any) -> Any:
+    """Read paths and addresses, in lists of any depth, by `open_image`; pass other images on."""
+    if isinstance(images, (list, tuple)):
+        return [open_images(image) for image in images]
+    return open_image(images) if isinstance(images, str) else images
+
+
+def to_pil(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """Turn a PIL image, array or tensor into a PIL image in mode "L" or "RGB".
+
+    Args:
+        image: arrays and tensors are (height, width) or have 1, 3 or 4 channels first or last.
+        input_data_format: where the channels are, if there is doubt.
+    """
+    if not isinstance(image, Image.Image):
+        if hasattr(image, "detach"):
+            image = image.detach().cpu().numpy()
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
+        image = _array_to_pil(image, input_data_format)
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"an image has no pixels: its size is {image.width}x{image.height}")
+    return to_grey_or_rgb(image)
+
+
+def _array_to_pil(pixels: np.ndarray, input_data_format: str | ChannelDimension | None) -> Image.Image:
+    if pixels.ndim == 3:
+        layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+        if ChannelDimension(layout) == ChannelDimension.FIRST:
+            pixels = np.moveaxis(pixels, 0, -1)
+        if pixels.shape[-1] == 1:
+            pixels = pixels[..., 0]
+    elif pixels.ndim != 2:
+        raise ValueError(f"an image has 2 or 3 dimensions, and a batch 4, not {pixels.ndim}: shape {pixels.shape}")
+    return Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
 
 
 def to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -223,4 +261,13 @@ class _PillowLimitLifted:
 _pillow_limit_lifted = _PillowLimitLifted()
 
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageReadError", "find_images", "open_image", "to_grey_or_rgb"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageReadError",
+    "find_images",
+    "open_image",
+    "open_images",
+    "to_grey_or_rgb",
+    "to_pil",
+]

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling
 from transformers.utils import TensorType
 
-from regard.processing.image_io import open_image, to_8_bit, to_grey_or_rgb
+from regard.processing.image_io import open_images, to_pil
 
 
 class ImageTextSlotImageProcessorKwargs(TypedDict, total=False):
@@ -52,9 +52,7 @@ class ImageTextSlotImageProcessor(PilBackend):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read paths and addresses by `open_image`; pass other images on."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        return open_image(image_url_or_urls) if isinstance(image_url_or_urls, str) else image_url_or_urls
+        return open_images(image_url_or_urls)
 
     def to_grey_images(self, images: Any, input_data_format=None) -> list[Image.Image]:
         """Flatten whatever a call takes into a list of PIL images in mode "L", each of its own size."""
@@ -67,15 +65,7 @@ class ImageTextSlotImageProcessor(PilBackend):
 
     def process_image(self, image: ImageInput, input_data_format=None, **kwargs) -> Image.Image:
         """Turn one PIL image, array or tensor into a PIL image in mode "L"."""
-        if not isinstance(image, Image.Image):
-            if hasattr(image, "detach"):
-                image = image.detach().cpu().numpy()
-            if not isinstance(image, np.ndarray):
-                raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
-            image = _array_to_pil(image, input_data_format)
-        if image.width == 0 or image.height == 0:
-            raise ValueError(f"an image has no pixels: its size is {image.width}x{image.height}")
-        image = to_grey_or_rgb(image)
+        image = to_pil(image, input_data_format)
         return image if image.mode == "L" else image.convert("L")
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args, input_data_format=None, **kwargs):
@@ -112,18 +102,6 @@ class ImageTextSlotImageProcessor(PilBackend):
         square = np.full((side, side), round(float(np.median(border))), dtype=np.uint8)
         square[:height, :width] = pixels
         return square
-
-
-def _array_to_pil(pixels: np.ndarray, input_data_format: str | ChannelDimension | None) -> Image.Image:
-    if pixels.ndim == 3:
-        layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
-        if ChannelDimension(layout) == ChannelDimension.FIRST:
-            pixels = np.moveaxis(pixels, 0, -1)
-        if pixels.shape[-1] == 1:
-            pixels = pixels[..., 0]
-    elif pixels.ndim != 2:
-        raise ValueError(f"an image has 2 or 3 dimensions, and a batch 4, not {pixels.ndim}: shape {pixels.shape}")
-    return Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
 
 
 __all__ = ["ImageTextSlotImageProcessor"]

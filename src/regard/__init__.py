@@ -4,13 +4,23 @@ Importing it makes its models loadable by transformers' Auto classes and `pipeli
 are imported from their own modules, because they are heavy and inference does without them.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoProcessor,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.configuration.configuration_qavit import QAViTConfig
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification, QAViTModel
 from regard.pipelines.text_recognition import TextRecognitionPipeline
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
+from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
 from regard.processing.tokenization_byte import build_byte_tokenizer
 
@@ -22,11 +32,22 @@ AutoImageProcessor.register(ImageTextSlotConfig, image_processor_classes={"pil":
 AutoProcessor.register(ImageTextSlotConfig, ImageTextSlotProcessor)  # AutoTokenizer needs no class: tokenizer.json
 PIPELINE_REGISTRY.register_pipeline("text-recognition", TextRecognitionPipeline, pt_model=AutoModel, type="image")
 
+AutoConfig.register("qavit", QAViTConfig)
+AutoModel.register(QAViTConfig, QAViTModel)
+AutoModelForImageClassification.register(QAViTConfig, QAViTForImageClassification)
+AutoBackbone.register(QAViTConfig, QAViTBackbone)
+AutoImageProcessor.register(QAViTConfig, image_processor_classes={"pil": QAViTImageProcessor})
+
 __all__ = [
     "ImageTextSlotConfig",
     "ImageTextSlotImageProcessor",
     "ImageTextSlotModel",
     "ImageTextSlotProcessor",
+    "QAViTBackbone",
+    "QAViTConfig",
+    "QAViTForImageClassification",
+    "QAViTImageProcessor",
+    "QAViTModel",
     "TextRecognitionPipeline",
     "build_byte_tokenizer",
 ]
