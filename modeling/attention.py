@@ -1,5 +1,7 @@
 """Multi-head attention through transformers' attention interface (eager, sdpa, ... by `attn_implementation`)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
@@ -46,7 +48,8 @@ def attend(
     Returns:
         the output `(batch, queries, heads, head_dim)` and the weights `(batch, heads, queries, keys)` or None.
     """
-    implementation = module.config._attn_implementation or "eager"
+    config: Any = module.config
+    implementation = config._attn_implementation or "eager"
     if need_weights:
         implementation = "eager"
     elif attention_mask is not None and is_flash_attention_requested(requested_attention_implementation=implementation):

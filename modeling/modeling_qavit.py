@@ -9,6 +9,7 @@ token: the convolutions in the feed-forwards tell where a token stands, so that 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -343,7 +344,7 @@ class QAViTForImageClassification(QAViTPreTrainedModel):
     def __init__(self, config: QAViTConfig):
         super().__init__(config)
         self.model = QAViTModel(config)
-        self.classifier = nn.Linear(config.embed_dim, config.num_labels)
+        self.classifier = nn.Linear(config.embed_dim, config.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     @can_return_tuple
@@ -353,7 +354,7 @@ class QAViTForImageClassification(QAViTPreTrainedModel):
             pixel_values: `(batch, num_channels, height, width)`; the patch size divides both sides.
             labels: classes `(batch,)`, or the share of each class `(batch, num_labels)` where images are mixed.
         """
-        outputs: QAViTOutput = self.model(pixel_values, **kwargs)
+        outputs: Any = self.model(pixel_values, **kwargs)
         outputs.logits = self.classifier(outputs.pooler_output)
         if labels is not None:
             outputs.loss = nn.functional.cross_entropy(outputs.logits.float(), labels)
@@ -372,7 +373,7 @@ class QAViTBackbone(BackboneMixin, QAViTPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
-        outputs: QAViTOutput = self.model(pixel_values, **kwargs)
+        outputs: Any = self.model(pixel_values, **kwargs)
         columns = pixel_values.shape[3] // self.config.patch_size
         feature_maps = tuple(
             self.model.norm(hidden_state).transpose(1, 2).unflatten(2, (-1, columns))

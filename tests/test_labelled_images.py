@@ -37,6 +37,7 @@ def test_fashion_mnist_is_read(fashion):
     dataset = load_fashion_mnist("test", folder)
     assert dataset.features["label"].names == list(CLASSES)
     assert dataset["label"][:] == arrays["t10k-labels-idx1-ubyte.gz"].tolist()
+    sample: Any
     for sample, pixels in zip(dataset, arrays["t10k-images-idx3-ubyte.gz"], strict=True):
         assert sample["pixel_values"].mode == "L"
         assert np.array_equal(np.asarray(sample["pixel_values"]), pixels)

@@ -368,7 +368,7 @@ def test_stock_pipeline_classifies(tmp_path):
 
 
 def test_processor_takes_grey_and_colour_in_any_form(tmp_path):
-    processor = QAViTImageProcessor(size=28, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    processor: Any = QAViTImageProcessor(size=28, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     grey = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     expected = torch.from_numpy((grey / 255 - 0.5) / 0.25).float().expand(1, 3, -1, -1)
     Image.fromarray(grey).save(tmp_path / "grey.png")

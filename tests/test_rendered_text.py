@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from regard.data.rendered_text import FONTS_TABLE, IMAGE_SIZE, SPLITS, TIERS, TRAINING_TIERS, RenderedTextDataset, _Face, _turn
+from regard.data.rendered_text import (
+    FONTS_TABLE,
+    IMAGE_SIZE,
+    SPLITS,
+    TIERS,
+    TRAINING_TIERS,
+    RenderedTextDataset,
+    _Face,
+    _turn,
+)
 
 
 @pytest.fixture(scope="module")
