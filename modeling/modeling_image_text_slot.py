@@ -457,7 +457,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         weights = weights[..., : rows * columns]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
         mean = weights @ centre  # (batch, slots, 2)
-        variance = (weights @ centre.square() - mean.square()).clamp(min=0)
+        variance = weights @ centre.square() - mean.square()
+        variance = (variance - 1e-6).clamp(min=0)  # a spread below a thousandth of the side is rounding
         half = variance.sqrt() + centre.new_tensor([0.5 / columns, 0.5 / rows])
         return torch.cat((mean - half, mean + half), dim=-1).clamp(0, 1)
 
