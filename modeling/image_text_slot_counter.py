@@ -13,7 +13,7 @@ from torch import nn
 from regard.modeling.image_text_slot_encoder import ConvBlock
 
 LINE_BINS = 8  # bins a row of cells in which lines are looked for
-LEAST_LINE = 0.17  # expected characters within a quarter of a row that make a line, at least
+LEAST_LINE = 0.5  # expected characters at one height that make a line, at least; those beside it count in part
 STEPS = 64  # coordinates are in 64ths of a character: rounding errors of sums end here, and do not reach the slots
 GAP = 0.15  # a frame with fewer expected characters than this, and than its neighbours, is a gap between two characters
 
@@ -86,12 +86,12 @@ class CellCounter(nn.Module):
         height = (cells * rows // occupancy.shape[1] + 0.5 + line_offset) * LINE_BINS
         height = height.floor().long().clamp(0, bins - 1)
         density = occupancy.new_zeros(occupancy.shape[0], bins).scatter_add(1, height, occupancy)
-        kernel = density.new_tensor([[[1.0, 2.0, 3.0, 2.0, 1.0]]])
+        kernel = density.new_tensor([[[1.0, 2.0, 3.0, 2.0, 1.0]]]) / 3
         density = nn.functional.conv1d(density[:, None], kernel, padding=2)  # (batch, 1, bins)
         index = torch.arange(bins, device=density.device)
         density = density - index * 1e-5  # of equal neighbours the first is the peak
         peak = (density == nn.functional.max_pool1d(density, LINE_BINS - 1, 1, LINE_BINS // 2 - 1)).squeeze(1)
-        peak &= density.squeeze(1) > 9 * LEAST_LINE
+        peak &= density.squeeze(1) > LEAST_LINE
         distance = (index[:, None] - index).abs() + bins * ~peak[:, None]  # (batch, bins, peaks)
         return distance.argmin(-1).gather(1, height)
 

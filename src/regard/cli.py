@@ -25,8 +25,10 @@ from regard_cli import EXIT_FAILED, EXIT_OK, EXIT_PARTIAL
 
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
 _ADDRESSES = ("http://", "https://")
-# The last is what oneDNN says when it gets no memory for a kernel.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory|could not create a", re.IGNORECASE)
+# The last is what oneDNN says when it gets no memory; of a kernel it does not have it says "a primitive descriptor".
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|could not create a primitive(?! desc)", re.IGNORECASE
+)
 
 
 def read(options: argparse.Namespace) -> int:
