@@ -1,11 +1,18 @@
 """What the readers of labelled images share."""
 
 import io
+import logging
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+
+from regard.processing.image_io import ImageReadError, open_image
+
+logger = logging.getLogger(__name__)
 
 
 def labelled_images(images: Iterable[np.ndarray], labels: Sequence[int], names: Sequence[str]) -> Dataset:
@@ -40,4 +47,43 @@ def choose_split(number: int, split: str, validation_size: int, seed: int) -> np
     return np.sort(order[:validation_size] if split == "validation" else order[validation_size:])
 
 
-__all__ = ["choose_split", "labelled_images"]
+def open_stored(value: Any) -> PILImage.Image:
+    """An image as `datasets` stores it: `{"path", "bytes"}`, a path, bytes, or a PIL image.
+
+    Raises:
+        ImageReadError: it cannot be read; the message names it.
+    """
+    if not isinstance(value, dict):
+        return open_image(value)
+    if value["bytes"] is None:
+        return open_image(value["path"])
+    try:
+        return open_image(value["bytes"])
+    except ImageReadError as error:
+        raise ImageReadError(f"{value['path']}: {error}" if value["path"] else str(error)) from error
+
+
+def open_or_warn(value: Any) -> PILImage.Image | None:
+    """`open_stored`, or None and a logged warning where that fails."""
+    try:
+        return open_stored(value)
+    except ImageReadError as error:
+        logger.warning("left out: %s", error)
+        return None
+
+
+def drop_damaged(dataset: Dataset) -> Dataset:
+    """Without the images that cannot be read, each named in a warning; `pixel_values` must not be decoded yet.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        readable = pool.map(lambda value: open_or_warn(value) is not None, dataset["pixel_values"])
+        kept = [index for index, good in enumerate(readable) if good]
+    if not kept:
+        raise ValueError(f"none of the {len(dataset)} images can be read")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+__all__ = ["choose_split", "drop_damaged", "labelled_images", "open_or_warn", "open_stored"]

@@ -2,18 +2,14 @@
 
 import csv
 import json
-import logging
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from PIL import Image as PILImage
 
-from regard.processing.image_io import ImageReadError, find_images, open_image
-
-logger = logging.getLogger(__name__)
+from regard.data.labelled_images import drop_damaged, open_or_warn, open_stored
+from regard.processing.image_io import ImageReadError, find_images
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 _COLUMNS = ("pixel_values", "text", "boxes")
@@ -68,7 +64,7 @@ def load_text_images(
     dataset = _choose_columns(dataset, columns)
     if isinstance(dataset, IterableDataset):
         return dataset.map(_decode, fn_kwargs={"skip_damaged": skip_damaged}, batched=True, batch_size=16)
-    return (_drop_damaged(dataset) if skip_damaged else dataset).with_transform(_decode)
+    return (drop_damaged(dataset) if skip_damaged else dataset).with_transform(_decode)
 
 
 def _image_folder(source: str | Path, split: str | None) -> Path | None:
@@ -198,39 +194,10 @@ def _choose_columns(dataset: Dataset | IterableDataset, columns: dict[str, str])
     return dataset.cast_column("pixel_values", Image(decode=False))
 
 
-def _open(value: Any) -> PILImage.Image:
-    """An image as `datasets` stores it: `{"path", "bytes"}`, a path, bytes, or a PIL image."""
-    if not isinstance(value, dict):
-        return open_image(value)
-    if value["bytes"] is None:
-        return open_image(value["path"])
-    try:
-        return open_image(value["bytes"])
-    except ImageReadError as error:
-        raise ImageReadError(f"{value['path']}: {error}" if value["path"] else str(error)) from error
-
-
-def _open_or_warn(value: Any) -> PILImage.Image | None:
-    try:
-        return _open(value)
-    except ImageReadError as error:
-        logger.warning("left out: %s", error)
-        return None
-
-
-def _drop_damaged(dataset: Dataset) -> Dataset:
-    with ThreadPoolExecutor() as pool:
-        readable = pool.map(lambda value: _open_or_warn(value) is not None, dataset["pixel_values"])
-        kept = [index for index, good in enumerate(readable) if good]
-    if not kept:
-        raise ValueError(f"none of the {len(dataset)} images can be read")
-    return dataset if len(kept) == len(dataset) else dataset.select(kept)
-
-
 def _decode(batch: dict[str, list[Any]], skip_damaged: bool = False) -> dict[str, list[Any]]:
     if "pixel_values" not in batch:
         return batch
-    images = [(_open_or_warn if skip_damaged else _open)(value) for value in batch["pixel_values"]]
+    images = [(open_or_warn if skip_damaged else open_stored)(value) for value in batch["pixel_values"]]
     batch = {**batch, "pixel_values": images}
     kept = [row for row, image in enumerate(images) if image is not None]
     return {name: [values[row] for row in kept] for name, values in batch.items()}
