@@ -10,10 +10,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import yaml
 from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
@@ -21,14 +22,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.configuration.configuration_qavit import QAViTConfig
+from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
 from regard.hub import resolve
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.modeling.modeling_qavit import QAViTForImageClassification
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
+from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
 from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
+from regard.trainers.trainer_qavit import QAViTTrainer, QAViTTrainingArguments
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -52,6 +58,31 @@ class ModelArguments:
         default="sdpa",
         metadata={"help": "how attention is computed: sdpa, or eager, which is faster in training on a CPU"},
     )
+
+
+@dataclass
+class QAViTModelArguments(ModelArguments):
+    """Likewise, with what an ablation or a data set of another size changes."""
+
+    model: str = field(default="qavit", metadata={"help": "which model to train"})
+    preset: str = field(default="tiny", metadata={"help": "architecture of a new model"})
+    config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": 'fields of the configuration that differ, as JSON, e.g. {"image_size": 28}'},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            try:
+                self.config_overrides = json.loads(self.config_overrides)
+            except json.JSONDecodeError as error:
+                raise SettingsError(f"config_overrides: not JSON ({error})") from error
+        self.config_overrides = self.config_overrides or {}
+        known = {field.name for field in fields(QAViTConfig)}
+        if not isinstance(self.config_overrides, dict):
+            raise SettingsError('config_overrides: write an object, such as {"image_size": 28}')
+        if unknown := sorted(set(self.config_overrides) - known):
+            raise SettingsError(f"config_overrides: QAViTConfig has no field {unknown[0]}")
 
 
 @dataclass
@@ -80,6 +111,27 @@ class ImageTextSlotDataArguments:
             "help": "longest text by generated image, as INDEX=CHARACTERS, e.g. 0=32 50000=128; default: no limit"
         },
     )
+
+
+@dataclass
+class QAViTDataArguments:
+    """The labelled images that QAViT learns from."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "fashion-mnist, cifar-10:PATH, cifar-100:PATH, a folder with a subfolder of images for each class, "
+            "or a Hub data set with columns image and label"
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "split to learn from"})
+    eval_split: str = field(default="validation", metadata={"help": "split that chooses the best checkpoint"})
+    validation_size: int = field(
+        default=5000, metadata={"help": "images held out of train, where there is no validation split"}
+    )
+    split_seed: int = field(default=0, metadata={"help": "seed that chooses the images held out"})
+    train_images: int | None = field(default=None, metadata={"help": "learn from so many images only"})
+    eval_images: int | None = field(default=None, metadata={"help": "evaluate on so many images only"})
 
 
 def build_image_text_slot(
@@ -117,6 +169,53 @@ def build_image_text_slot(
     return SlotTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
 
 
+def build_qavit(
+    model_args: QAViTModelArguments, data_args: QAViTDataArguments, training_args: QAViTTrainingArguments
+) -> Trainer:
+    """Model, data sets and trainer of QAViT."""
+    if data_args.dataset is None:
+        raise SettingsError("dataset: name what to learn from, e.g. `dataset: fashion-mnist`")
+    train, evaluation = (
+        load_labelled_images(data_args.dataset, split, data_args.validation_size, data_args.split_seed)
+        for split in (data_args.train_split, data_args.eval_split)
+    )
+    names = train.features["label"].names
+    if evaluation.features["label"].names != names:
+        raise SettingsError(
+            f"{data_args.dataset}: {data_args.eval_split} has other classes than {data_args.train_split}"
+        )
+    overrides = cast(dict[str, Any], model_args.config_overrides)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if model_args.init_from is None:
+        config = QAViTConfig.from_preset(model_args.preset, **overrides, **labels)
+        model = QAViTForImageClassification(config)
+        mean, std = channel_statistics(train)
+        processor = QAViTImageProcessor(size=config.image_size, image_mean=mean, image_std=std)
+    else:
+        source = resolve(model_args.init_from)
+        model = QAViTForImageClassification.from_pretrained(
+            source, dtype="float32", ignore_mismatched_sizes=True, **overrides, **labels
+        )
+        processor = QAViTImageProcessor.from_pretrained(source)
+    model.set_attn_implementation(model_args.attn_implementation)
+    train, evaluation = (
+        data if limit is None else data.shuffle(seed=data_args.split_seed).select(range(min(limit, len(data))))
+        for data, limit in ((train, data_args.train_images), (evaluation, data_args.eval_images))
+    )
+    return QAViTTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
+
+
+def channel_statistics(data: Dataset, images: int = 2000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of red, green and blue, in [0, 1], over the pixels of some images."""
+    chosen = data.shuffle(seed=0).select(range(min(images, len(data))))["pixel_values"]
+    moments = np.zeros((2, 3))
+    for image in chosen:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+        moments += pixels.mean((0, 1)), (pixels**2).mean((0, 1))
+    mean, square = moments / len(chosen)
+    return mean.round(4).tolist(), np.sqrt(square - mean**2).clip(min=1e-3).round(4).tolist()
+
+
 def _pairs(setting: str, items: Sequence[str]) -> list[tuple[str, str]]:
     """Settings `NAME=VALUE` as pairs."""
     pairs = [item.partition("=") for item in items]
@@ -139,6 +238,7 @@ class Recipe:
 # Another model adds its line here.
 RECIPES = {
     "image_text_slot": Recipe(ModelArguments, ImageTextSlotDataArguments, SlotTrainingArguments, build_image_text_slot),
+    "qavit": Recipe(QAViTModelArguments, QAViTDataArguments, QAViTTrainingArguments, build_qavit),
 }
 
 
@@ -238,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe, model_args, data_args, training_args = parse_settings(sys.argv[1:] if arguments is None else arguments)
         checkpoint = find_checkpoint(training_args)
         if checkpoint is not None and is_finished(checkpoint, training_args):
-            print(f"regard train: {checkpoint} has all {training_args.max_steps} steps; nothing is left to train")
+            print(f"regard train: {checkpoint} has all steps; nothing is left to train")
             return EXIT_OK
         trainer = recipe.build(model_args, data_args, training_args)
     except (ValueError, FileNotFoundError) as error:  # settings, names, data: each message names the mend
@@ -266,7 +366,9 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
 def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
     """Whether a checkpoint has taken all steps; the Trainer would take one more."""
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    return 0 < training_args.max_steps <= state.global_step
+    if training_args.max_steps > 0:
+        return training_args.max_steps <= state.global_step
+    return 0 < state.max_steps <= state.global_step and training_args.num_train_epochs <= state.num_train_epochs
 
 
 def run(options: argparse.Namespace) -> int:
