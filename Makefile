@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read train-read fonts clean
+.PHONY: help install demo test check format bench-read bench-classify train-read train-classify fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,14 @@ format: $(VENV)/.installed-dev ## put the code into its format
 
 bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
 	$(BIN)/python benchmarks/read.py $(BENCH_ARGS)
+
+bench-classify: $(VENV)/.installed-bench $(VENV)/.installed-timm ## measure classifying beside timm's models, and without each of its parts
+	$(BIN)/python benchmarks/classify.py peers $(BENCH_ARGS)
+	$(BIN)/python benchmarks/classify.py ablations $(BENCH_ARGS)
+
+train-classify: $(VENV)/.installed-dev ## train qavit-tiny-fashion-mnist again, or go on where it stopped (TRAIN_ARGS: flags)
+	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/qavit_tiny_fashion_mnist.yaml $(TRAIN_ARGS)
 
 train-read: $(VENV)/.installed-dev ## train image-text-slot-5m again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
@@ -69,6 +77,11 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing regard into $(VENV) (some 2 GB; a few minutes the first time) ..."
 	$(PIP_INSTALL) --editable .
+	@touch $@
+
+# timm needs torchvision, and with that beside a CPU build of PyTorch transformers cannot be imported: a folder apart.
+$(VENV)/.installed-timm: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/timm timm==1.0.31 torchvision==0.28.0
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """QAViT beside other small classifiers from scratch at equal processor time, and with its parts taken away one by one.
 
-    python benchmarks/classify.py peers [--seconds 300]      # timm must be importable: see `make bench-classify`
+    python benchmarks/classify.py peers [--seconds 300]      # `make bench-classify` installs timm first
     python benchmarks/classify.py ablations [--steps 300] [--seeds 3]
 
 Fashion-MNIST: all learn from the same training split by the same recipe (AdamW, cosine, flips and shifts of 2 pixels,
@@ -37,6 +37,7 @@ from regard.modeling.modeling_qavit import QAViTForImageClassification
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
+TIMM = Path(sys.prefix) / "timm"  # where `make bench-classify` installs it
 SIDE, CLASSES, SHIFT = 28, 10, 2 / 28
 LEARNING_RATE, WEIGHT_DECAY, SMOOTHING, WARM_UP = 1e-3, 0.05, 0.1, 0.05
 SLICE_SECONDS, MEASUREMENTS, EVAL_BATCH = 5.0, 8, 250
@@ -69,6 +70,8 @@ class QAViTLogits(nn.Module):
 
 def timm_model(name: str, **options) -> nn.Module:
     """A model of timm, with new weights."""
+    if str(TIMM) not in sys.path:
+        sys.path.append(str(TIMM))  # only now: transformers would want to use the torchvision that timm needs
     if not torch.cuda.is_available():
         # torchvision from PyPI is built for CUDA; beside a CPU build of PyTorch its operators are missing, and its
         # import fails when it describes them. These classifiers use none.

@@ -1,7 +1,7 @@
 """Draws the images of this folder and their `metadata.jsonl`: `python samples/make_samples.py`.
 
 Four are of the test split of `regard.data.rendered_text`, four are drawn here in the manner of photographs and screens,
-in fonts of the test split. All are the work of this repository, under its licence.
+in fonts of the test split. `clothes/` holds an image of each class of Fashion-MNIST's test set.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from regard.data.fashion_mnist import load_fashion_mnist
 from regard.data.rendered_text import FONTS_TABLE, RenderedTextDataset, _find_fonts, _fonts_dirs
 
 FOLDER = Path(__file__).parent
@@ -68,7 +69,18 @@ def screen() -> tuple[Image.Image, str]:
     return image, "Settings > Display\nBrightness: 75 %"
 
 
+def clothes() -> None:
+    """The first test image of each class, named by the class."""
+    data = load_fashion_mnist("test")
+    labels = list(data["label"])
+    (FOLDER / "clothes").mkdir(exist_ok=True)
+    for label, name in enumerate(data.features["label"].names):
+        file_name = f"{name.lower().replace(' ', '-').replace('/', '-')}.png"
+        data[labels.index(label)]["pixel_values"].save(FOLDER / "clothes" / file_name, optimize=True)
+
+
 def main() -> None:
+    clothes()
     rows = []
     for name, (tier, index) in GENERATED.items():
         sample = RenderedTextDataset("test", tier, seed=2026)[index]
