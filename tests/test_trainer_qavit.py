@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -150,10 +151,29 @@ def test_labels_are_softened_and_mixed(tmp_path):
     assert not torch.allclose(mixed["pixel_values"], inputs["pixel_values"], atol=0.1)
 
 
+def test_training_images_grow_with_the_curriculum(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, size_curriculum=["0.5=16", "0=12", "0.75=20"], ema_decay=0.0,
+                           eval_strategy="no", save_strategy="no", load_best_model_at_end=False)  # fmt: skip
+    sides = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, arguments, inputs: sides.append(inputs["pixel_values"].shape[2:]), with_kwargs=True
+    )
+    trainer.train()
+    assert sides == [(12, 12), (12, 12), (16, 16), (20, 20)]
+    trainer.evaluate()
+    assert sides[-1] == (20, 20)
+
+
+@pytest.mark.parametrize("item", ["20", "0.5=", "1.5=20", "0=x", "0=0"])
+def test_a_wrong_curriculum_is_refused(tmp_path, item):
+    with pytest.raises(ValueError, match="write SHARE=PIXELS"):
+        make_trainer(tmp_path, size_curriculum=[item])
+
+
 def test_evaluation_is_not_augmented(tmp_path):
     trainer = make_trainer(tmp_path)
     assert trainer.evaluate() | {"eval_runtime": 0} == pytest.approx(trainer.evaluate() | {"eval_runtime": 0}, rel=1)
-    first, second = (trainer.predict(make_rows(6)).predictions for _ in range(2))
+    first, second = (trainer.predict(cast(Any, make_rows(6))).predictions for _ in range(2))
     assert np.array_equal(first, second)
 
 
@@ -236,7 +256,7 @@ def test_channel_statistics_are_those_of_the_pixels(folder):
     from datasets import load_dataset
 
     data = load_dataset("imagefolder", data_dir=str(folder), split="train").rename_column("image", "pixel_values")
-    pixels = np.stack([np.asarray(row["pixel_values"]) for row in data]) / 255
+    pixels = np.stack([np.asarray(image) for image in data[:]["pixel_values"]]) / 255
     mean, std = channel_statistics(data)
     assert mean == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-3)
     assert std == pytest.approx(pixels.std((0, 1, 2)).tolist(), abs=1e-3)

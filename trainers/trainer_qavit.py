@@ -69,6 +69,13 @@ class QAViTTrainingArguments(TrainingArguments):
     )
     rand_augment_ops: int = field(default=2, metadata={"help": "RandAugment operations an image; 0: none."})
     rand_augment_magnitude: float = field(default=0.9, metadata={"help": "Their largest strength, 0 to 1."})
+    size_curriculum: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Side of the training images in pixels, from a share of the steps on, as SHARE=PIXELS, e.g. 0=20 "
+            "0.5=24 0.8=28: small images cost less (Tan and Le, 2021). Default: the processor's."
+        },
+    )
     random_erasing: float = field(default=0.25, metadata={"help": "Share of images that lose a rectangle."})
     mixup_alpha: float = field(default=0.8, metadata={"help": "Of mixup's Beta distribution; 0: no mixup."})
     cutmix_alpha: float = field(default=1.0, metadata={"help": "Of CutMix's Beta distribution; 0: no CutMix."})
@@ -100,6 +107,7 @@ class QAViTTrainer(RegardTrainer):
         kwargs.setdefault("data_collator", ClassificationCollator(processing_class))
         kwargs.setdefault("compute_metrics", score)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        self.size_curriculum = [parse_size(item) for item in args.size_curriculum]
         self.label_smoother = None  # it cannot smooth the labels of mixed images: compute_loss does
         mean, std = (
             torch.tensor(value)[:, None, None] for value in (processing_class.image_mean, processing_class.image_std)
@@ -131,6 +139,8 @@ class QAViTTrainer(RegardTrainer):
             args.rand_augment_ops,
             args.rand_augment_magnitude,
         )
+        if size := self._training_size():
+            images = nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
         pixel_values = (images - self._mean) / self._std
         if args.random_erasing:
             pixel_values = random_erasing(pixel_values, args.random_erasing)
@@ -139,6 +149,10 @@ class QAViTTrainer(RegardTrainer):
         targets = torch.lerp(targets, torch.full_like(targets, 1 / number), args.label_smoothing_factor)
         pixel_values, targets = mix(pixel_values, targets, args.mixup_alpha, args.cutmix_alpha)
         return {"pixel_values": pixel_values, "labels": targets}
+
+    def _training_size(self) -> int | None:
+        done = self.state.global_step / max(self.state.max_steps, 1)
+        return max(((start, size) for start, size in self.size_curriculum if start <= done), default=(0.0, None))[1]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -197,6 +211,22 @@ class _Averaging(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         assert self.trainer.average is not None
         self.trainer.average.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+
+def parse_size(item: str) -> tuple[float, int]:
+    """A step of the size curriculum, `SHARE=PIXELS`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    start, _, size = item.partition("=")
+    try:
+        share, pixels = float(start), int(size)
+    except ValueError:
+        share, pixels = -1.0, 0
+    if not 0 <= share < 1 or pixels < 1:
+        raise ValueError(f"size_curriculum: write SHARE=PIXELS, such as 0.5=24, not {item!r}")
+    return share, pixels
 
 
 def score(prediction: EvalPrediction) -> dict[str, float]:
