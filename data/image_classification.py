@@ -61,7 +61,7 @@ def load_labelled_images(
     present = {name: next((own for own in names if own in splits), None) for name, names in SPLITS.items()}
     own = present[split] or (present["train"] if split == "validation" else None)
     if own is None:
-        raise ValueError(f"the data set has no split {split!r}, only {', '.join(map(str, splits))}")
+        raise ValueError(f"the data set has no split {split!r}, only {', '.join(splits)}")
     dataset = drop_damaged(_encode_labels(_choose_columns(splits, columns), own))
     if split != "test" and present["validation"] is None:
         size = min(validation_size, max(1, len(dataset) // _LARGEST_VALIDATION))
@@ -69,12 +69,12 @@ def load_labelled_images(
     return dataset.cast_column("pixel_values", Image())
 
 
-def _read_splits(source: str | Path | Dataset | DatasetDict) -> Mapping[str, Dataset]:
+def _read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset]:
     """The splits of a source by its own names for them."""
     if isinstance(source, Dataset):
         return {"train": source}
     if isinstance(source, DatasetDict):
-        return source
+        return {str(split): dataset for split, dataset in source.items()}
     folder = Path(source).expanduser()
     if folder.is_dir():
         if splits := _read_folder(folder):
@@ -85,7 +85,7 @@ def _read_splits(source: str | Path | Dataset | DatasetDict) -> Mapping[str, Dat
         raise FileNotFoundError(f"{source}: no such folder")
     loaded = load_dataset(str(folder if folder.is_dir() else source))
     assert isinstance(loaded, DatasetDict)
-    return loaded
+    return _read_splits(loaded)
 
 
 def _read_folder(folder: Path) -> dict[str, Dataset]:
