@@ -1,7 +1,7 @@
 """The command `regard`: its arguments and help.
 
 Standard library only, and outside the package: `import regard` loads PyTorch, and help, version and usage errors must
-answer at once. What a verb does is imported when it runs, from `regard.cli`, `regard.train` or `regard.evaluate`.
+answer at once. What a verb does is imported when it runs, from the package's module of its name.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
         verb.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
-    read = add_verb("read", "regard.cli:read", "read the text of images", READ_EPILOG)
+    read = add_verb("read", "regard.read:run", "read the text of images", READ_EPILOG)
     read.add_argument(
         "images", nargs="+", metavar="IMAGE|FOLDER", help="image files or addresses; folders are searched"
     )

@@ -15,6 +15,7 @@ from PIL import Image
 
 import regard
 from regard.cli import name_drawings, write_as_text
+from regard.read import Reader
 from regard_cli import build_parser, main
 
 VERBS = ["read", "train", "evaluate"]
@@ -218,14 +219,15 @@ def test_drawings_never_replace_an_image_or_each_other(tmp_path, make_image):
 
 def test_what_an_image_says_cannot_steer_the_terminal(tmp_path):
     reading = {"text": "a\tb\n\x1b[2J\x07\x9b", "score": 1.0, "characters": []}
+    reader = Reader.__new__(Reader)  # needs no model to write
     master, slave = os.openpty()
     with os.fdopen(slave, "w", encoding="utf-8") as terminal:
-        write_as_text(terminal, several=False)("x.png", reading)
+        write_as_text(terminal, reader, several=False)("x.png", reading)
         terminal.flush()
         assert os.read(master, 100).decode() == "a\tb\r\n\ufffd[2J\ufffd\ufffd\r\n"
     os.close(master)
     with open(tmp_path / "out", "w+", encoding="utf-8") as file:
-        write_as_text(file, several=False)("x.png", reading)
+        write_as_text(file, reader, several=False)("x.png", reading)
         file.seek(0)
         assert file.read() == reading["text"] + "\n"
 

@@ -17,12 +17,13 @@ import transformers
 from datasets import Dataset
 
 from regard import __version__
-from regard.cli import Reader, complain, progress_bar, quiet_transformers
+from regard.cli import complain, progress_bar, quiet_transformers
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
 from regard.hub import CheckpointError
 from regard.metrics.text_recognition.text_recognition import TextRecognition
 from regard.processing.image_io import open_image
+from regard.read import Reader
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 IMAGES_A_TIER = 1000
@@ -93,7 +94,7 @@ def score(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda imag
     predictions, references, counts = [], [], []
     for start in range(0, len(data), reader.batch_size):
         samples = [data[index] for index in range(start, min(start + reader.batch_size, len(data)))]
-        for result in reader.read([reader.prepare(open_image(sample["pixel_values"])) for sample in samples]):
+        for result in reader.run([reader.prepare(open_image(sample["pixel_values"])) for sample in samples]):
             if isinstance(result, MemoryError):
                 raise result
             predictions.append(result["text"])
