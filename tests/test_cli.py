@@ -18,7 +18,7 @@ from regard.cli import name_drawings, write_as_text
 from regard.read import Reader
 from regard_cli import build_parser, main
 
-VERBS = ["read", "train", "evaluate"]
+VERBS = ["read", "classify", "train", "evaluate"]
 
 
 @pytest.fixture
@@ -67,9 +67,10 @@ def test_help_names_every_verb_and_each_verb_teaches(capsys):
     assert set(build_parser()._subparsers._group_actions[0].choices) == set(VERBS)  # pyright: ignore
 
 
-def test_read_help_documents_its_exit_codes(capsys):
+@pytest.mark.parametrize("verb", ["read", "classify"])
+def test_help_documents_the_exit_codes(verb, capsys):
     with pytest.raises(SystemExit):
-        main(["read", "--help"])
+        main([verb, "--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {code}  " in text for code in (0, 1, 2))
 
@@ -81,7 +82,15 @@ def test_module_and_version():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["read"], ["read", "x.png", "--batch-size", "0"], ["read", "x", "--json", "--csv"], ["train"]],
+    [
+        [],
+        ["nonsense"],
+        ["read"],
+        ["read", "x.png", "--batch-size", "0"],
+        ["read", "x", "--json", "--csv"],
+        ["classify", "x.png", "--top-k", "0"],
+        ["train"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

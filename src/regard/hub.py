@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoProcessor,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -84,7 +85,11 @@ def find_verb(model: str | Path) -> str:
     """
     source = resolve(model)
     with _explain(model, source):
-        names = AutoConfig.from_pretrained(source).architectures or ()
+        return _verb_of(AutoConfig.from_pretrained(source))
+
+
+def _verb_of(config: PreTrainedConfig) -> str:
+    names = config.architectures or ()
     return "classify" if any(name.endswith("ForImageClassification") for name in names) else "read"
 
 
@@ -106,9 +111,8 @@ def load(
     with _explain(model, source):
         if not Path(source).is_dir():
             hf_hub_download(source, "config.json")  # one clear failure, before each file of the processor is tried
-        if classify and find_verb(source) != verb:
-            kind = AutoConfig.from_pretrained(source).model_type
-            raise CheckpointError(f"{model}: a {kind} model that does not classify images; name another")
+        if classify and _verb_of(config := AutoConfig.from_pretrained(source)) != verb:
+            raise CheckpointError(f"{model}: a {config.model_type} model does not classify images; name another")
         processor = (AutoImageProcessor if classify else AutoProcessor).from_pretrained(source)
         network = (AutoModelForImageClassification if classify else AutoModel).from_pretrained(
             source, dtype=torch.float32
