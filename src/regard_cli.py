@@ -1,7 +1,7 @@
 """The command `regard`: its arguments and help.
 
 Standard library only, and outside the package: `import regard` loads PyTorch, and help, version and usage errors must
-answer at once. What a verb does is imported when it runs, from `regard.cli`, `regard.train` or `regard.evaluate`.
+answer at once. What a verb does is imported when it runs, from the package's module of its name.
 """
 
 import argparse
@@ -19,29 +19,56 @@ examples:
   regard read receipt.png                    print the text of one image
   regard read scans/ --json > scans.jsonl    a folder, one JSON object a line
   regard read scans/ --draw seen/            also draw each character where the model looked
+  regard classify photo.jpg                  print what the image shows, with probabilities
   regard train my.yaml                       train a model; my.yaml names model, data and settings
   regard evaluate my-model --dataset mine/   measure a model on labelled images
 
 `regard VERB --help` explains one verb."""
 
-READ_EPILOG = """\
+STREAMS_AND_CODES = """\
+Results appear on standard output as soon as a batch is done; progress and errors go to standard error.
+
+exit codes:
+  0  every image was read
+  1  some images could not be read: each is named with its reason, the others are done
+  2  nothing was done: wrong arguments, no image found, no model, or every image failed
+"""
+
+READ_EPILOG = (
+    """\
 output:
   one image     its text
   several       "==> PATH <==" and the text of each, as head(1) prints several files
   --json        one object a line: {"path", "text", "score", "characters": [{"character", "score", "box"}]};
                 a box is [x0, y0, x1, y1] in pixels of the image, score a probability
   --csv         path, text, score, with a header line
-Results appear on standard output as soon as a batch is read; progress and errors go to standard error.
-
-exit codes:
-  0  every image was read
-  1  some images could not be read: each is named with its reason, the others are read
-  2  nothing was read: wrong arguments, no image found, no model, or every image failed
-
+"""
+    + STREAMS_AND_CODES
+    + """
 examples:
   regard read label.jpg
   regard read photos/ --csv --output photos.csv
   regard read *.png --json | jq -r .text"""
+)
+
+CLASSIFY_EPILOG = (
+    """\
+output:
+  one image     its classes, a line each, from the most probable down: "Ankle boot  93.1 %"
+  several       "==> PATH <==" and the classes of each, as head(1) prints several files
+  --json        one object a line: {"path", "labels": [{"label", "score"}]}, score a probability
+  --csv         path, rank, label, score, with a header line; a row for each class
+"""
+    + STREAMS_AND_CODES
+    + """
+Any classifier that transformers' AutoModelForImageClassification loads will do; --draw needs a QAViT, and shows which
+of its branches it relied on and where they looked.
+
+examples:
+  regard classify shoe.jpg --top-k 5
+  regard classify photos/ --csv --output photos.csv
+  regard classify photos/ --model runs/mine --draw seen/"""
+)
 
 TRAIN_EPILOG = """\
 CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win over the file:
@@ -61,12 +88,19 @@ examples:
   regard train my.yaml --max_steps 100 --output_dir runs/try"""
 
 EVALUATE_EPILOG = """\
-Prints a table of character accuracy, character error rate, exact match and length error, by tier and by length of text.
+Of a model that reads text, prints character accuracy, character error rate, exact match and length error, by tier and
+by length of text. --dataset is a folder of images with metadata.jsonl or metadata.csv, or a data set of the Hub, with
+the columns pixel_values and text.
+
+Of a classifier, prints loss, top-1 and top-5 accuracy, and the time its network takes for a batch. It needs --dataset:
+a folder FOLDER/CLASS/IMAGE or FOLDER/SPLIT/CLASS/IMAGE, fashion-mnist, cifar-10:PATH, cifar-100:PATH, or a data set of
+the Hub. The data's classes must be among the model's, by name.
 
 examples:
   regard evaluate image-text-slot-5m
   regard evaluate runs/mine --tiers line,noisy --images 200 --output results.json
-  regard evaluate runs/mine --dataset my-images/ --split test"""
+  regard evaluate runs/mine --dataset my-images/ --split test
+  regard evaluate qavit-tiny-fashion-mnist --dataset fashion-mnist"""
 
 
 def positive(text: str) -> int:
@@ -100,6 +134,22 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
         return verb
 
+    def add_images(verb: argparse.ArgumentParser, draw: str):
+        verb.add_argument(
+            "images", nargs="+", metavar="IMAGE|FOLDER", help="image files or addresses; folders are searched"
+        )
+        verb.add_argument(
+            "--model",
+            metavar="PATH_OR_REPO",
+            help="a folder, or a Hub repository OWNER/NAME (default: the bundled model)",
+        )
+        form = verb.add_mutually_exclusive_group()
+        form.add_argument("--json", dest="form", action="store_const", const="json", help="JSON Lines")
+        form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated values")
+        verb.set_defaults(form="text")
+        verb.add_argument("--output", metavar="FILE", help="write the results to FILE instead of standard output")
+        verb.add_argument("--draw", metavar="DIR", help=draw)
+
     def add_computing(verb: argparse.ArgumentParser, batch_size: int):
         verb.add_argument(
             "--batch-size", type=positive, default=batch_size, metavar="N",
@@ -108,20 +158,16 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
         verb.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
-    read = add_verb("read", "regard.cli:read", "read the text of images", READ_EPILOG)
-    read.add_argument(
-        "images", nargs="+", metavar="IMAGE|FOLDER", help="image files or addresses; folders are searched"
-    )
-    read.add_argument(
-        "--model", metavar="PATH_OR_REPO", help="a folder, or a Hub repository OWNER/NAME (default: the bundled model)"
-    )
-    form = read.add_mutually_exclusive_group()
-    form.add_argument("--json", dest="form", action="store_const", const="json", help="JSON Lines")
-    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated values")
-    read.set_defaults(form="text")
-    read.add_argument("--output", metavar="FILE", help="write the results to FILE instead of standard output")
-    read.add_argument("--draw", metavar="DIR", help="save each image to DIR with its characters where the model looked")
+    read = add_verb("read", "regard.read:run", "read the text of images", READ_EPILOG)
+    add_images(read, "save each image to DIR with its characters where the model looked")
     add_computing(read, 16)
+
+    classify = add_verb("classify", "regard.classify:run", "say what images show", CLASSIFY_EPILOG)
+    add_images(classify, "save each image to DIR with its classes and where the model looked")
+    classify.add_argument(
+        "--top-k", type=positive, default=3, metavar="N", help="classes to tell, from the most probable (default: 3)"
+    )
+    add_computing(classify, 32)
 
     train = add_verb(
         "train",
@@ -135,15 +181,19 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = add_verb("evaluate", "regard.evaluate:run", "measure a model on labelled images", EVALUATE_EPILOG)
     evaluate.add_argument("model", metavar="MODEL", help="a folder, a Hub repository or the name of a bundled model")
     data = evaluate.add_mutually_exclusive_group()
-    data.add_argument("--tiers", help="generated data, comma-separated (default: line,block,dense,noisy)")
+    data.add_argument("--tiers", help="generated texts, comma-separated (default: line,block,dense,noisy)")
     data.add_argument(
-        "--dataset", metavar="PATH", help="your data: folder or Hub data set, columns pixel_values and text"
+        "--dataset", metavar="PATH", help="your data: folder or Hub data set of images and texts or classes"
     )
-    evaluate.add_argument("--split", help="which part of the data (default: test of the generated, all of a folder)")
+    evaluate.add_argument(
+        "--split", help="which part of the data (default: test of classes and generated texts, all of your texts)"
+    )
     evaluate.add_argument(
         "--images", type=positive, metavar="N", help="at most so many images (default: 1000 a tier, or all)"
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the generated data (default: 0)")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="of generated texts, and of a validation split held out (default: 0)"
+    )
     evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
     add_computing(evaluate, 32)
     return parser

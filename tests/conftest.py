@@ -22,6 +22,9 @@ from regard import (
     ImageTextSlotImageProcessor,
     ImageTextSlotModel,
     ImageTextSlotProcessor,
+    QAViTConfig,
+    QAViTForImageClassification,
+    QAViTImageProcessor,
     build_byte_tokenizer,
 )
 
@@ -42,6 +45,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny")).save_pretrained(folder)
     ImageTextSlotProcessor(ImageTextSlotImageProcessor(), build_byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny untrained QAViT of six classes and its processor."""
+    folder = tmp_path_factory.mktemp("tiny-classifier")
+    config = QAViTConfig.from_preset("micro", id2label=dict(enumerate(("Bag", "Coat", "Hat", "Ring", "Shoe", "Tie"))))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        QAViTForImageClassification(config).save_pretrained(folder)
+    QAViTImageProcessor(size=config.image_size).save_pretrained(folder)
     return folder
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 import regard
 from regard.cli import name_drawings, write_as_text
+from regard.read import Reader
 from regard_cli import build_parser, main
 
-VERBS = ["read", "train", "evaluate"]
+VERBS = ["read", "classify", "train", "evaluate"]
 
 
 @pytest.fixture
@@ -66,9 +67,10 @@ def test_help_names_every_verb_and_each_verb_teaches(capsys):
     assert set(build_parser()._subparsers._group_actions[0].choices) == set(VERBS)  # pyright: ignore
 
 
-def test_read_help_documents_its_exit_codes(capsys):
+@pytest.mark.parametrize("verb", ["read", "classify"])
+def test_help_documents_the_exit_codes(verb, capsys):
     with pytest.raises(SystemExit):
-        main(["read", "--help"])
+        main([verb, "--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {code}  " in text for code in (0, 1, 2))
 
@@ -80,7 +82,15 @@ def test_module_and_version():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["read"], ["read", "x.png", "--batch-size", "0"], ["read", "x", "--json", "--csv"], ["train"]],
+    [
+        [],
+        ["nonsense"],
+        ["read"],
+        ["read", "x.png", "--batch-size", "0"],
+        ["read", "x", "--json", "--csv"],
+        ["classify", "x.png", "--top-k", "0"],
+        ["train"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -218,14 +228,15 @@ def test_drawings_never_replace_an_image_or_each_other(tmp_path, make_image):
 
 def test_what_an_image_says_cannot_steer_the_terminal(tmp_path):
     reading = {"text": "a\tb\n\x1b[2J\x07\x9b", "score": 1.0, "characters": []}
+    reader = Reader.__new__(Reader)  # needs no model to write
     master, slave = os.openpty()
     with os.fdopen(slave, "w", encoding="utf-8") as terminal:
-        write_as_text(terminal, several=False)("x.png", reading)
+        write_as_text(terminal, reader, several=False)("x.png", reading)
         terminal.flush()
         assert os.read(master, 100).decode() == "a\tb\r\n\ufffd[2J\ufffd\ufffd\r\n"
     os.close(master)
     with open(tmp_path / "out", "w+", encoding="utf-8") as file:
-        write_as_text(file, several=False)("x.png", reading)
+        write_as_text(file, reader, several=False)("x.png", reading)
         file.seek(0)
         assert file.read() == reading["text"] + "\n"
 

@@ -1,13 +1,20 @@
-"""`regard evaluate` on images of one's own, and on generated ones."""
+"""`regard evaluate` on images of one's own, and on generated ones, of models that read text and of classifiers."""
 
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import regard_cli
-from regard.evaluate import choose_data
+from regard.classify import Classifier
+from regard.cli import Worker
+from regard.data.image_classification import load_labelled_images
+from regard.evaluate import choose_data, score_classifier, score_reader
+from regard.read import Reader
 
 
 @pytest.fixture
@@ -47,3 +54,80 @@ def test_fewer_images_and_what_is_missing(labelled_folder: Path, tiny_checkpoint
     assert "nowhere" in capsys.readouterr().err
     assert regard_cli.main(["evaluate", str(tiny_checkpoint), "--tiers", "paragraph"]) == 2
     assert "paragraph" in capsys.readouterr().err
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path) -> Path:
+    """Seven test images of two classes, whose numbers are not those of the tiny classifier."""
+    for index, name in enumerate(("Tie", "Coat", "Tie", "Tie", "Coat", "Tie", "Coat")):
+        path = tmp_path / "clothes/test" / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (30 * index, 255 - 30 * index, 99)).save(path)
+    return tmp_path / "clothes"
+
+
+def test_a_classifier_is_scored(class_folder: Path, tiny_classifier: Path, tmp_path: Path, capsys):
+    output = tmp_path / "results.json"
+    arguments = ["evaluate", str(tiny_classifier), "--dataset", str(class_folder), "--output", str(output)]
+    assert regard_cli.main([*arguments, "--batch-size", "3", "--device", "cpu"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["images", "loss", "top-1", "top-5", "ms", "a", "batch", "images/s"]
+    assert row.split()[:2] == ["clothes", "7"]
+    report = json.loads(output.read_text())
+    scores = report["results"]["clothes"]
+    assert report["split"] == "test"
+    assert (scores["images"], scores["batch_size"]) == (7, 3)
+    assert list(scores["by_class"]) == ["Coat", "Tie"]
+    assert scores["images_per_second"] == pytest.approx(3000 / scores["ms_per_batch"])
+
+    classifier = Classifier(str(tiny_classifier), "cpu", None, 7)
+    names = ["Coat", "Coat", "Coat", "Tie", "Tie", "Tie", "Tie"]
+    labels = torch.tensor([{"Coat": 1, "Tie": 5}[name] for name in names])
+    images: Any = [Image.open(path) for path in sorted(class_folder.glob("test/*/*.png"))]
+    with torch.no_grad():
+        logits = classifier.model(classifier.processor(images=images, return_tensors="pt")["pixel_values"]).logits
+    assert scores["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+
+
+def test_what_a_classifier_is_not_scored_on(class_folder: Path, tiny_classifier: Path, capsys):
+    evaluate = ["evaluate", str(tiny_classifier), "--device", "cpu"]
+    for arguments in ([], ["--tiers", "line"]):
+        assert regard_cli.main([*evaluate, *arguments]) == 2
+        assert "is a classifier: name images with classes by --dataset" in capsys.readouterr().err
+    assert regard_cli.main([*evaluate, "--dataset", str(class_folder), "--split", "train"]) == 2
+    assert "no split 'train', only test" in capsys.readouterr().err
+    (class_folder / "test/Tie").rename(class_folder / "test/Cravat")
+    assert regard_cli.main([*evaluate, "--dataset", str(class_folder)]) == 2
+    assert "the model has no class 'Cravat' (1 of the data's 2); it has 'Bag', 'Coat'" in capsys.readouterr().err
+
+
+def test_fewer_images_with_classes(class_folder: Path, tiny_classifier: Path, capsys):
+    arguments = ["--dataset", str(class_folder), "--images", "2", "--device", "cpu"]
+    assert regard_cli.main(["evaluate", str(tiny_classifier), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["clothes", "2"]
+
+
+def without_memory_for_more_than(number: int, worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    run_batch = worker.run_batch
+
+    def run(batch):
+        if len(batch) > number:
+            raise MemoryError
+        return run_batch(batch)
+
+    monkeypatch.setattr(worker, "run_batch", run)
+
+
+def test_no_image_is_lost_where_batches_are_halved(
+    labelled_folder: Path, class_folder: Path, tiny_checkpoint: Path, tiny_classifier: Path, monkeypatch
+):
+    reader, classifier = Reader(str(tiny_checkpoint), "cpu", None, 2), Classifier(str(tiny_classifier), "cpu", None, 4)
+    for worker in (reader, classifier):
+        without_memory_for_more_than(1, worker, monkeypatch)
+    texts = choose_data(regard_cli.build_parser().parse_args(["evaluate", "x", "--dataset", str(labelled_folder)]))
+    assert score_reader(reader, texts["mine"])["images"] == 3
+    assert score_classifier(classifier, load_labelled_images(class_folder, "test"))["images"] == 7
+    without_memory_for_more_than(0, classifier, monkeypatch)
+    with pytest.raises(MemoryError, match="single image"):
+        score_classifier(classifier, load_labelled_images(class_folder, "test"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regard.hub import DEFAULT_CHECKPOINTS, CheckpointError, bundled_checkpoints, load, resolve
+from regard.hub import DEFAULT_CHECKPOINTS, CheckpointError, bundled_checkpoints, find_verb, load, resolve
 
 
 def test_the_default_of_every_verb_is_bundled(root: Path):
@@ -68,3 +68,15 @@ def test_load_names_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path):
         load(foreign)
     with pytest.raises(CheckpointError, match="nonsense"):
         load(tiny_checkpoint, device="nonsense")
+
+
+def test_a_classifier_is_known_and_loaded_as_one(tiny_checkpoint: Path, tiny_classifier: Path, tmp_path: Path):
+    assert (find_verb(tiny_checkpoint), find_verb(str(tiny_classifier))) == ("read", "classify")
+    model, processor = load(tiny_classifier, "classify", "cpu")
+    assert (type(model).__name__, type(processor).__name__) == ("QAViTForImageClassification", "QAViTImageProcessor")
+    with pytest.raises(CheckpointError, match="owner/absent: cannot be loaded"):
+        find_verb("owner/absent")
+    headless = shutil.copytree(tiny_classifier, tmp_path / "headless")
+    model.model.save_pretrained(headless)
+    with pytest.raises(CheckpointError, match="headless: a qavit model does not classify images"):
+        load(headless, "classify")

@@ -1,4 +1,4 @@
-"""`regard read`: images to text, batch by batch, as text, JSON Lines or CSV. Its arguments stand in `regard_cli`."""
+"""What the verbs share that take images: the loop over files, in batches, and where results, drawings and errors go."""
 
 import argparse
 import csv
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from PIL import Image
@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from regard.hub import CheckpointError, load
 from regard.processing.image_io import ImageReadError, find_images, open_image
-from regard.visualize import draw_reading
 from regard_cli import EXIT_FAILED, EXIT_OK, EXIT_PARTIAL
 
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
@@ -31,14 +30,19 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def read(options: argparse.Namespace) -> int:
-    """Run `regard read` and return its exit code."""
+def run_on_images(options: argparse.Namespace, start: Callable[[], "Worker"]) -> int:
+    """Give each image of the command line to a worker, write and draw its results, and return the exit code.
+
+    Args:
+        options: `images`, `form`, `output` and `draw`.
+        start: makes the worker, once there are images.
+    """
     quiet_transformers()
     sources, failed = list_sources(options.images)
     if not sources:
         return EXIT_FAILED
     try:
-        reader = Reader(options.model, options.device, options.threads, options.batch_size)
+        worker = start()
     except CheckpointError as error:
         complain(error)
         return EXIT_FAILED
@@ -46,8 +50,8 @@ def read(options: argparse.Namespace) -> int:
     succeeded = 0
     try:
         with open_output(options.output) as stream, progress_bar(len(sources)) as bar:
-            write = WRITERS[options.form](stream, several=len(sources) + failed > 1)
-            for index, result in reader.read_files(sources):
+            write = WRITERS[options.form](stream, worker, several=len(sources) + failed > 1)
+            for index, result in worker.run_files(sources):
                 if isinstance(result, Exception):
                     complain(result)
                 else:
@@ -56,7 +60,8 @@ def read(options: argparse.Namespace) -> int:
                         stream.flush()
                     succeeded += 1
                     if drawings:
-                        draw(sources[index], result, drawings[index])
+                        drawings[index].parent.mkdir(parents=True, exist_ok=True)
+                        worker.draw(open_image(sources[index]), result).save(drawings[index])
                 bar.update()
     except BrokenPipeError:
         raise
@@ -68,8 +73,11 @@ def read(options: argparse.Namespace) -> int:
     return EXIT_OK if succeeded == len(sources) and not failed else EXIT_PARTIAL
 
 
-class Reader:
-    """A model that reads images in batches, and goes on with half the batch when memory does not suffice.
+class Worker:
+    """A model that takes images in batches, and goes on with half the batch when memory does not suffice.
+
+    A verb's own worker says how an image becomes the model's input, what the model makes of a batch, and how that is
+    written and drawn.
 
     Args:
         model, device: see `regard.hub.load`.
@@ -77,33 +85,51 @@ class Reader:
         batch_size: images at a time.
 
     Raises:
-        CheckpointError: the model cannot be loaded, or is not one that reads text.
+        CheckpointError: the model cannot be loaded, or is not one for this verb.
     """
+
+    verb: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]  # of the CSV, after the path
 
     def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model, self.processor = load(model, "read", device)
+        self.model, self.processor = load(model, self.verb, device)
         self.batch_size = batch_size
-        if not callable(getattr(self.model, "read", None)):
-            raise CheckpointError(f"{model}: a {self.model.config.model_type} model does not read text; name another")
 
-    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """An image as pixel values (1, 1, size, size), and its height and width."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"], (image.height, image.width)
+    def prepare(self, image: Image.Image) -> Any:
+        """What `run` takes of an image."""
+        raise NotImplementedError
 
-    def read(self, prepared: list[tuple[torch.Tensor, tuple[int, int]]]) -> list[dict[str, Any] | MemoryError]:
-        """Read images from `prepare`, `batch_size` at a time.
+    def run_batch(self, batch: list[Any]) -> list[dict[str, Any]]:
+        """A result for each image from `prepare`, all at once."""
+        raise NotImplementedError
 
-        Returns:
-            For each `{"text", "score", "characters", "count"}`: what `post_process` gives, and the predicted number of
-            the text's bytes; or MemoryError where memory does not suffice for a single image.
-        """
+    def as_text(self, result: dict[str, Any]) -> str:
+        """A result for people, without the last line break."""
+        raise NotImplementedError
+
+    def as_json(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A result for JSON; scores have four decimals, boxes one."""
+        raise NotImplementedError
+
+    def as_rows(self, result: dict[str, Any]) -> list[tuple[Any, ...]]:
+        """A result as rows of `columns`."""
+        raise NotImplementedError
+
+    def draw(self, image: Image.Image, result: dict[str, Any]) -> Image.Image:
+        """A picture of a result."""
+        raise NotImplementedError
+
+    def run(self, prepared: list[Any]) -> list[dict[str, Any] | MemoryError]:
+        """Results for images from `prepare`, `batch_size` at a time; MemoryError where memory does not suffice for a
+        single image."""
         results: list[dict[str, Any] | MemoryError] = []
         while len(results) < len(prepared):
             part = prepared[len(results) : len(results) + self.batch_size]
             try:
-                results += self._read_part(part)
+                with torch.inference_mode():
+                    results += self.run_batch(part)
                 continue
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -116,17 +142,10 @@ class Reader:
                 complain(f"not enough memory for {len(part)} images at a time; going on with {self.batch_size}")
         return results
 
-    @torch.inference_mode()
-    def _read_part(self, part: list[tuple[torch.Tensor, tuple[int, int]]]) -> list[dict[str, Any]]:
-        reading = self.model.read(torch.cat([pixel_values for pixel_values, _ in part]).to(self.model.device))
-        counts = (reading.count_pred.flatten().float() - 2).tolist()  # without the start and end tokens
-        results = self.processor.post_process(reading, image_sizes=[size for _, size in part])
-        return [{**result, "count": count} for result, count in zip(results, counts, strict=True)]
-
-    def read_files(self, sources: Sequence[str | Path]) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
-        """Yield the index of each source, in order, with its reading, or with the error that names it."""
+    def run_files(self, sources: Sequence[str | Path]) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+        """Yield the index of each source, in order, with its result, or with the error that names it."""
         failures: dict[int, Exception] = {}
-        waiting: dict[int, tuple[torch.Tensor, tuple[int, int]]] = {}
+        waiting: dict[int, Any] = {}
         for index, source in enumerate(sources):
             try:
                 waiting[index] = self.prepare(open_image(source))
@@ -135,7 +154,7 @@ class Reader:
             if len(waiting) < self.batch_size and index < len(sources) - 1:
                 continue
             results: dict[int, dict[str, Any] | Exception] = {**failures}
-            for place, result in zip(waiting, self.read(list(waiting.values())), strict=True):
+            for place, result in zip(waiting, self.run(list(waiting.values())), strict=True):
                 results[place] = MemoryError(f"{sources[place]}: {result}") if isinstance(result, Exception) else result
             yield from sorted(results.items(), key=lambda item: item[0])
             failures, waiting = {}, {}
@@ -177,13 +196,7 @@ def name_drawings(sources: list[str | Path], folder: Path) -> list[Path]:
     return names
 
 
-def draw(source: str | Path, reading: dict[str, Any], target: Path):
-    """Save the image with its characters placed where the model looked."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draw_reading(open_image(source), reading).save(target)
-
-
-def write_as_text(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
+def write_as_text(stream: TextIO, worker: Worker, several: bool) -> Callable[[str, dict[str, Any]], None]:
     """A writer of plain text: of one image its text, of several each under a header, as head(1) has it.
 
     On a terminal, control characters other than tab and line break appear as U+FFFD: what an image says must not move
@@ -191,39 +204,28 @@ def write_as_text(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any
     """
     first, shown = True, _CONTROLS if stream.isatty() else {}
 
-    def write(path: str, reading: dict[str, Any]):
+    def write(path: str, result: dict[str, Any]):
         nonlocal first
         if several:
             stream.write(f"{'' if first else chr(10)}==> {path} <==\n")
-        stream.write(f"{reading['text'].translate(shown)}\n")
+        stream.write(f"{worker.as_text(result).translate(shown)}\n")
         first = False
 
     return write
 
 
-def write_as_json(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
-    """A writer of JSON Lines; scores have four decimals, boxes one."""
-
-    def write(path: str, reading: dict[str, Any]):
-        characters = [
-            {
-                "character": entry["character"],
-                "score": round(entry["score"], 4),
-                "box": [round(edge, 1) for edge in entry["box"]],
-            }
-            for entry in reading["characters"]
-        ]
-        line = {"path": path, "text": reading["text"], "score": round(reading["score"], 4), "characters": characters}
-        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    return write
+def write_as_json(stream: TextIO, worker: Worker, several: bool) -> Callable[[str, dict[str, Any]], None]:
+    """A writer of JSON Lines."""
+    return lambda path, result: print(
+        json.dumps({"path": path, **worker.as_json(result)}, ensure_ascii=False), file=stream
+    )
 
 
-def write_as_csv(stream: TextIO, several: bool) -> Callable[[str, dict[str, Any]], None]:
-    """A writer of path, text and score, after a header line; line breaks in a text stand in quotes."""
+def write_as_csv(stream: TextIO, worker: Worker, several: bool) -> Callable[[str, dict[str, Any]], None]:
+    """A writer of CSV after a header line; line breaks in a text stand in quotes."""
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["path", "text", "score"])
-    return lambda path, reading: writer.writerow([path, reading["text"], f"{reading['score']:.4f}"])
+    writer.writerow(["path", *worker.columns])
+    return lambda path, result: writer.writerows((path, *row) for row in worker.as_rows(result))
 
 
 WRITERS = {"text": write_as_text, "json": write_as_json, "csv": write_as_csv}

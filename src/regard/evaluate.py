@@ -1,14 +1,16 @@
-"""Measure a model that reads text: `regard evaluate MODEL`, or `score` from Python."""
+"""Measure a model: `regard evaluate MODEL`, or `score_reader` and `score_classifier` from Python."""
 
 import argparse
 import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,16 +19,20 @@ import transformers
 from datasets import Dataset
 
 from regard import __version__
-from regard.cli import Reader, complain, progress_bar, quiet_transformers
+from regard.classify import Classifier
+from regard.cli import Worker, complain, progress_bar, quiet_transformers
+from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
-from regard.hub import CheckpointError
+from regard.hub import CheckpointError, find_verb
+from regard.metrics.image_classification.image_classification import ImageClassification
 from regard.metrics.text_recognition.text_recognition import TextRecognition
 from regard.processing.image_io import open_image
+from regard.read import Reader
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 IMAGES_A_TIER = 1000
-DEFAULT_SPLIT = "test"  # of generated images
+DEFAULT_SPLIT = "test"  # of generated images, and of images with classes
 COLUMNS = {
     "images": ("images", "{:.0f}"),
     "character_accuracy": ("accuracy", "{:.2%}"),
@@ -34,15 +40,30 @@ COLUMNS = {
     "exact_match": ("exact", "{:.2%}"),
     "count_mae": ("length error", "{:.2f}"),
 }
+CLASSIFIER_COLUMNS = {
+    "images": ("images", "{:.0f}"),
+    "loss": ("loss", "{:.4f}"),
+    "top1": ("top-1", "{:.2%}"),
+    "top5": ("top-5", "{:.2%}"),
+    "ms_per_batch": ("ms a batch", "{:.1f}"),
+    "images_per_second": ("images/s", "{:.0f}"),
+}
 
 
 def run(options: argparse.Namespace) -> int:
     """Run `regard evaluate` and return its exit code."""
     quiet_transformers()
     try:
-        data_sets = choose_data(options)
-        reader = Reader(options.model, options.device, options.threads, options.batch_size)
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        settings = options.model, options.device, options.threads, options.batch_size
+        if find_verb(options.model) == "classify":
+            classifier = Classifier(*settings)
+            data_sets, columns = choose_labelled_images(options, classifier.names), CLASSIFIER_COLUMNS
+            score, split = partial(score_classifier, classifier), options.split or DEFAULT_SPLIT
+        else:
+            data_sets, columns = choose_data(options), COLUMNS
+            score = partial(score_reader, Reader(*settings))
+            split = options.split or (None if options.dataset else DEFAULT_SPLIT)
+    except (CheckpointError, OSError, ValueError) as error:
         complain(error)
         return EXIT_FAILED
     results = {}
@@ -50,11 +71,16 @@ def run(options: argparse.Namespace) -> int:
     with progress_bar(sum(len(data) for data in data_sets.values())) as bar:
         for name, data in data_sets.items():
             bar.set_postfix_str(name, refresh=False)
-            results[name] = score(reader, data, bar.update)
+            results[name] = score(data, bar.update)
     seconds = time.perf_counter() - start
-    print(format_table(results))
+    print(format_table(results, columns))
     if options.output:
-        report = {"model": options.model, "results": results, "seconds": round(seconds, 1), **circumstances(options)}
+        report = {
+            "model": options.model,
+            "results": results,
+            "seconds": round(seconds, 1),
+            **circumstances(options, split),
+        }
         try:
             Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -67,15 +93,52 @@ def choose_data(options: argparse.Namespace) -> dict[str, Any]:
     """The data sets that the options name, each a sequence of `{"pixel_values": image, "text": str}`."""
     if options.dataset:
         data = cast(Dataset, load_text_images(options.dataset, split=options.split))
-        if options.images is not None:
-            data = data.select(range(min(options.images, len(data))))
-        return {Path(options.dataset).name: data}
+        return {Path(options.dataset).name: _at_most(data, options.images)}
     tiers = options.tiers.split(",") if options.tiers else list(TIERS)
     split, size = options.split or DEFAULT_SPLIT, options.images or IMAGES_A_TIER
     return {tier: RenderedTextDataset(split, tiers=tier, size=size, seed=options.seed) for tier in tiers}
 
 
-def score(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda images: None) -> dict[str, Any]:
+def choose_labelled_images(options: argparse.Namespace, known: Sequence[str]) -> dict[str, Dataset]:
+    """The data set that the options name, with images and classes, all of them `known` to the model.
+
+    Raises:
+        ValueError: the options name none, or it has classes that the model does not know.
+    """
+    if options.tiers or not options.dataset:
+        raise ValueError(
+            f"{options.model} is a classifier: name images with classes by --dataset (a folder FOLDER/CLASS/IMAGE, "
+            "fashion-mnist, cifar-10:PATH, cifar-100:PATH or a Hub data set); --tiers are texts"
+        )
+    data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, seed=options.seed)
+    match_labels(data, known)
+    return {Path(options.dataset).name: _at_most(data, options.images)}
+
+
+def match_labels(data: Dataset, known: Sequence[str]) -> list[int]:
+    """The model's class for each class of the data, by their names.
+
+    Raises:
+        ValueError: the model lacks some; the message names them.
+    """
+    names, numbers = data.features["label"].names, {name: number for number, name in enumerate(known)}
+    if missing := [name for name in names if name not in numbers]:
+        raise ValueError(
+            f"the model has no class {_list_some(missing)} ({len(missing)} of the data's {len(names)}); "
+            f"it has {_list_some(known)}"
+        )
+    return [numbers[name] for name in names]
+
+
+def _list_some(names: Sequence[str]) -> str:
+    return ", ".join([*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])])
+
+
+def _at_most(data: Dataset, number: int | None) -> Dataset:
+    return data if number is None else data.select(range(min(number, len(data))))
+
+
+def score_reader(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda images: None) -> dict[str, Any]:
     """Read every image of `data` and compare the texts.
 
     Args:
@@ -91,26 +154,75 @@ def score(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda imag
     """
     metric = TextRecognition(keep_in_memory=True)
     predictions, references, counts = [], [], []
-    for start in range(0, len(data), reader.batch_size):
-        samples = [data[index] for index in range(start, min(start + reader.batch_size, len(data)))]
-        for result in reader.read([reader.prepare(open_image(sample["pixel_values"])) for sample in samples]):
-            if isinstance(result, MemoryError):
-                raise result
-            predictions.append(result["text"])
-            counts.append(result["count"])
+    for samples, results, _ in _run_all(reader, data, advance):
+        predictions += [result["text"] for result in results]
+        counts += [result["count"] for result in results]
         references += [sample["text"] for sample in samples]
-        advance(len(samples))
     return cast(dict[str, Any], metric.compute(predictions=predictions, references=references, counts=counts))
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a data set, and below each its rows by length of text in characters."""
-    rows = [["", *(title for title, _ in COLUMNS.values())]]
+def score_classifier(classifier: Classifier, data: Dataset, advance=lambda images: None) -> dict[str, Any]:
+    """Classify every image of `data` and compare the classes.
+
+    Args:
+        classifier: the model.
+        data: of the columns `pixel_values` and `label`, as `load_labelled_images` gives it.
+        advance: called with the number of images after each batch.
+
+    Returns:
+        The metrics of `regard.metrics.image_classification`; the mean cross-entropy as `loss`; `batch_size`; and the
+        median time of the network for that many prepared images, as `ms_per_batch` and `images_per_second`.
+
+    Raises:
+        ValueError: the data has classes that the model does not know.
+        MemoryError: memory does not suffice for a single image.
+    """
+    numbers = match_labels(data, classifier.names)
+    rows, labels, batches = [], [], []
+    for samples, results, seconds in _run_all(classifier, data, advance):
+        rows += [result["logits"] for result in results]
+        labels += [numbers[sample["label"]] for sample in samples]
+        batches.append((len(samples), seconds))
+    logits = torch.stack(rows)
+    metric = ImageClassification(keep_in_memory=True)
+    scores = metric.compute(predictions=logits.numpy(), references=labels, names=classifier.names)
+    batch_size = max(number for number, _ in batches)
+    typical = statistics.median(seconds for number, seconds in batches if number == batch_size)
+    return {
+        **cast(dict[str, Any], scores),
+        "loss": torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item(),
+        "batch_size": batch_size,
+        "ms_per_batch": 1000 * typical,
+        "images_per_second": batch_size / typical,
+    }
+
+
+def _run_all(
+    worker: Worker, data: Sequence[Mapping[str, Any]] | Dataset, advance: Callable[[int], Any]
+) -> Iterator[tuple[list[Mapping[str, Any]], list[dict[str, Any]], float]]:
+    """Samples, their results, and the seconds that the model took, batch by batch."""
+    size = worker.batch_size  # the worker's own may shrink on the way
+    for start in range(0, len(data), size):
+        samples = [data[index] for index in range(start, min(start + size, len(data)))]
+        prepared = [worker.prepare(open_image(sample["pixel_values"])) for sample in samples]
+        begin = time.perf_counter()
+        results = worker.run(prepared)
+        seconds = time.perf_counter() - begin
+        for result in results:
+            if isinstance(result, MemoryError):
+                raise result
+        yield samples, cast(list[dict[str, Any]], results), seconds
+        advance(len(samples))
+
+
+def format_table(results: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
+    """One row a data set, and below each, where texts are of several lengths in characters, its rows by length."""
+    rows = [["", *(title for title, _ in columns.values())]]
     for name, metrics in results.items():
-        by_length = metrics["by_length"]
+        by_length = metrics.get("by_length", {})
         parts = {name: metrics} | {f"  {length}": part for length, part in by_length.items() if len(by_length) > 1}
         rows += [
-            [title, *(form.format(part[key]) for key, (_, form) in COLUMNS.items())] for title, part in parts.items()
+            [title, *(form.format(part[key]) for key, (_, form) in columns.items())] for title, part in parts.items()
         ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -121,12 +233,12 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """What is needed to repeat a measurement: command, date, versions, machine, seed."""
+def circumstances(options: argparse.Namespace, split: str | None) -> dict[str, Any]:
+    """What is needed to repeat a measurement: command, date, split, seed, versions, machine."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "regard"), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "split": options.split or (None if options.dataset else DEFAULT_SPLIT),
+        "split": split,
         "seed": options.seed,
         "versions": {
             "regard": __version__,

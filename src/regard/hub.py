@@ -1,16 +1,28 @@
 """Which checkpoint a name means, and loading it with errors that say what to do."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 # The checkpoint that a verb of the command line uses when none is named.
-DEFAULT_CHECKPOINTS = {"read": "image-text-slot-5m"}
+DEFAULT_CHECKPOINTS = {"read": "image-text-slot-5m", "classify": "qavit-tiny-fashion-mnist"}
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -62,28 +74,49 @@ def resolve(model: str | Path | None = None, verb: str = "read") -> str:
     return model
 
 
+def find_verb(model: str | Path) -> str:
+    """The verb that a model is for, by its configuration: "classify" for a classifier, else "read".
+
+    Args:
+        model: see `resolve`.
+
+    Raises:
+        CheckpointError: there is no such model, or its configuration cannot be loaded.
+    """
+    source = resolve(model)
+    with _explain(model, source):
+        return _verb_of(AutoConfig.from_pretrained(source))
+
+
+def _verb_of(config: PreTrainedConfig) -> str:
+    names = config.architectures or ()
+    return "classify" if any(name.endswith("ForImageClassification") for name in names) else "read"
+
+
 def load(
     model: str | Path | None = None, verb: str = "read", device: str | torch.device | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> tuple[PreTrainedModel, ProcessorMixin | BaseImageProcessor]:
     """Load a model in float32, in evaluation mode, and its processor.
 
     Args:
-        model, verb: see `resolve`.
+        model, verb: see `resolve`; the verb also says as what to load it: "classify" as a classifier.
         device: where to put the model; None is the accelerator, if there is one, else the CPU.
 
     Raises:
-        CheckpointError: there is no such model, it cannot be loaded, or the device is not there.
+        CheckpointError: there is no such model, it is no classifier but should be one, it cannot be loaded, or the
+            device is not there.
     """
     source = resolve(model, verb)
-    try:
+    classify = verb == "classify"
+    with _explain(model, source):
         if not Path(source).is_dir():
             hf_hub_download(source, "config.json")  # one clear failure, before each file of the processor is tried
-        processor = AutoProcessor.from_pretrained(source)
-        network = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = "check its files" if Path(source).is_dir() else "check the name and the network, or give a folder"
-        raise CheckpointError(f"{model or source}: cannot be loaded ({reason}); {mend}") from error
+        if classify and _verb_of(config := AutoConfig.from_pretrained(source)) != verb:
+            raise CheckpointError(f"{model}: a {config.model_type} model does not classify images; name another")
+        processor = (AutoImageProcessor if classify else AutoProcessor).from_pretrained(source)
+        network = (AutoModelForImageClassification if classify else AutoModel).from_pretrained(
+            source, dtype=torch.float32
+        )
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -91,3 +124,16 @@ def load(
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
         raise CheckpointError(f"device {device}: {str(error).splitlines()[0]}; choose another --device") from error
     return network.eval(), processor
+
+
+@contextmanager
+def _explain(model: str | Path | None, source: str) -> Iterator[None]:
+    """Turn what goes wrong while loading into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "check its files" if Path(source).is_dir() else "check the name and the network, or give a folder"
+        raise CheckpointError(f"{model or source}: cannot be loaded ({reason}); {mend}") from error

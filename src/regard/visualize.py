@@ -134,7 +134,7 @@ def _draw_character(draw: ImageDraw.ImageDraw, character: str, centre, size: int
         draw.line((x + half, y - half, x + half, y + half / 2, x - half, y + half / 2), fill=colour, width=line)
         draw.line((x, y, x - half, y + half / 2, x, y + half), fill=colour, width=line)
     elif _can_draw(character):
-        draw.text((x, y), character, font=_font(size), fill=colour, anchor="mm")
+        draw.text((x, y), character, font=load_font(size), fill=colour, anchor="mm")
     else:
         draw.rectangle((x - half, y - 1.5 * half, x + half, y + 1.5 * half), outline=colour, width=max(1, size // 16))
 
@@ -144,17 +144,20 @@ def _draw_caption(reading: Mapping[str, Any], width: int) -> Image.Image:
     number = f"{len(characters):,} character{'' if len(characters) == 1 else 's'}"
     caption = Image.new("RGB", (width, 22), PAPER)
     draw = ImageDraw.Draw(caption)
-    draw.text((0, 11), f"{number}, confidence {100 * reading['score']:.0f} %", font=_font(15), fill=INK, anchor="lm")
+    draw.text(
+        (0, 11), f"{number}, confidence {100 * reading['score']:.0f} %", font=load_font(15), fill=INK, anchor="lm"
+    )
     bar, right = 72, width - 34
     for x in range(bar):
         draw.line((right - bar + x, 6, right - bar + x, 15), fill=confidence_colour(x / (bar - 1)))
-    draw.text((right - bar - 6, 11), "0", font=_font(13), fill=FAINT, anchor="rm")
-    draw.text((right + 6, 11), "100", font=_font(13), fill=FAINT, anchor="lm")
+    draw.text((right - bar - 6, 11), "0", font=load_font(13), fill=FAINT, anchor="rm")
+    draw.text((right + 6, 11), "100", font=load_font(13), fill=FAINT, anchor="lm")
     return caption
 
 
 @lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font in a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -168,8 +171,8 @@ def _can_draw(character: str) -> bool:
 
 def _glyph(character: str) -> bytes:
     picture = Image.new("L", (64, 48))
-    ImageDraw.Draw(picture).text((16, 8), character, font=_font(32), fill=255)
+    ImageDraw.Draw(picture).text((16, 8), character, font=load_font(32), fill=255)
     return picture.tobytes()
 
 
-__all__ = ["confidence_colour", "draw_reading"]
+__all__ = ["confidence_colour", "draw_reading", "load_font"]
