@@ -13,14 +13,18 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## create .venv with regard in it
 
-demo: $(VENV)/.installed ## read the sample images, and draw what was seen where
+demo: $(VENV)/.installed ## read and classify the sample images, and draw what was seen where
 	@echo "Reading the images of samples/ with the model that comes with regard:"
 	@echo
-	@$(BIN)/regard read samples --draw demo
+	@$(BIN)/regard read samples/*.png samples/*.jpg --draw demo/read
 	@echo
-	@echo "demo/ holds a picture for each: the image, and beside it each character where the model looked for it:"
+	@echo "Classifying the images of samples/clothes/ with another:"
+	@echo
+	@$(BIN)/regard classify samples/clothes --draw demo/classify
+	@echo
+	@echo "demo/ holds a picture for each: the image, and beside it where the model looked and what it found there:"
 	@find demo -name '*.png' | sort | sed 's/^/  /'
-	@echo "Your own: $(BIN)/regard read IMAGE    More: $(BIN)/regard --help"
+	@echo "Your own: $(BIN)/regard read IMAGE, $(BIN)/regard classify IMAGE    More: $(BIN)/regard --help"
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -72,19 +72,21 @@ examples:
 
 TRAIN_EPILOG = """\
 CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win over the file:
-  model: image_text_slot            which model to train
+  model: image_text_slot            which model to train: image_text_slot reads, qavit classifies
   preset: 5m                        its size; or init_from: FOLDER to go on from a checkpoint
-  dataset: my-images/               your data: a folder with images and metadata.jsonl or metadata.csv, or a
-                                    data set of the Hub, with columns pixel_values and text; default: generated
+  dataset: my-images/               your data, or a data set of the Hub; to read: a folder with images and
+                                    metadata.jsonl or metadata.csv, with columns pixel_values and text, default:
+                                    generated texts; to classify: a folder with one of images for each class
   output_dir: runs/mine
   learning_rate: 3.0e-4             and every other argument of transformers' Trainer
   resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
 
-`python -m regard.train --help` lists every setting with its default. Several devices or machines:
+`python -m regard.train --model qavit --help` lists every setting of a model with its default. Several devices or machines:
   accelerate launch -m regard.train CONFIG.yaml
 
 examples:
   regard train trainers/configs/image_text_slot_5m.yaml
+  regard train trainers/configs/qavit_tiny_cifar100.yaml --dataset cifar-100:cifar-100-python.tar.gz
   regard train my.yaml --max_steps 100 --output_dir runs/try"""
 
 EVALUATE_EPILOG = """\

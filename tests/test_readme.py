@@ -35,15 +35,24 @@ def test_commands_parse():
 
 
 def test_settings_are_accepted(tmp_path: Path):
-    (text,) = blocks("yaml")
-    assert yaml.safe_load(text)["model"] in RECIPES
-    path = tmp_path / "my.yaml"
-    path.write_text(text.replace("runs/mine", str(tmp_path)))
-    _, model_args, data_args, training_args = parse_settings([str(path), "--use_cpu", "true"])
+    texts = {yaml.safe_load(text)["model"]: text for text in blocks("yaml")}
+    assert set(texts) == set(RECIPES)
+    parsed = {}
+    for model, text in texts.items():
+        path = tmp_path / f"{model}.yaml"
+        path.write_text(text.replace("runs/", f"{tmp_path}/"))
+        parsed[model] = parse_settings([str(path), "--use_cpu", "true"])[1:]
+    model_args, data_args, training_args = parsed["image_text_slot"]
     assert (model_args.init_from, data_args.dataset, training_args.max_steps) == (
         "image-text-slot-5m",
         "my-images/",
         2000,
+    )
+    model_args, data_args, training_args = parsed["qavit"]
+    assert (model_args.config_overrides, data_args.dataset, training_args.num_train_epochs) == (
+        {"image_size": 32},
+        "my-photos/",
+        100,
     )
 
 
