@@ -81,7 +81,8 @@ CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win 
   learning_rate: 3.0e-4             and every other argument of transformers' Trainer
   resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
 
-`python -m regard.train --model qavit --help` lists every setting of a model with its default. Several devices or machines:
+`python -m regard.train --model qavit --help` lists every setting of a model with its default. On several devices or
+machines:
   accelerate launch -m regard.train CONFIG.yaml
 
 examples:
