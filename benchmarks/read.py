@@ -23,11 +23,12 @@ from peers import PEERS, Peer, PeerMissing, cpu_seconds, is_light_on_dark
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from regard.cli import Reader, complain, progress_bar, quiet_transformers
+from regard.cli import complain, progress_bar, quiet_transformers
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.evaluate import circumstances
 from regard.hub import CheckpointError, resolve
 from regard.metrics.text_recognition.text_recognition import TextRecognition, score_texts
+from regard.read import Reader
 
 OUTPUT = Path(__file__).with_name("results") / "read.json"
 REFERENCE = "rapidocr 128"  # the faster of rapidocr's settings
@@ -56,7 +57,7 @@ class Regard:
         """A dict with `text` and `count` for each image, `batch_size` at a time."""
         self.reader.batch_size = batch_size
         readings = []
-        for reading in self.reader.read([self.reader.prepare(image) for image in images]):
+        for reading in self.reader.run([self.reader.prepare(image) for image in images]):
             if isinstance(reading, MemoryError):
                 raise reading
             readings.append(reading)
