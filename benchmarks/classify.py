@@ -60,7 +60,8 @@ class QAViTLogits(nn.Module):
 
     def __init__(self, preset: str, **overrides):
         super().__init__()
-        config = QAViTConfig.from_preset(preset, image_size=SIDE, patch_size=4, num_labels=CLASSES, **overrides)
+        fields = {"image_size": SIDE, "patch_size": 4, "num_labels": CLASSES, **overrides}
+        config = QAViTConfig.from_preset(preset, **fields)
         self.model = QAViTForImageClassification(config)
         self.model.set_attn_implementation("eager")
 
