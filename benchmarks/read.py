@@ -304,7 +304,7 @@ def main() -> int:
         "images": options.images,
         "timed_images": min(options.timed_images, options.images),
         "rounds": options.rounds,
-        **circumstances(argparse.Namespace(split="test", seed=options.seed, device="cpu")),
+        **circumstances(argparse.Namespace(seed=options.seed, device="cpu"), "test"),
         "command": shlex.join(["python", "benchmarks/read.py", *sys.argv[1:]]),
     }
     for peer in peers.values():

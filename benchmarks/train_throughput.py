@@ -153,7 +153,7 @@ def main() -> int:
         "preset": options.preset,
         "steps": options.steps,
         "images_a_step": IMAGES_A_STEP,
-        **circumstances(argparse.Namespace(split="train", seed=0, device="cpu")),
+        **circumstances(argparse.Namespace(seed=0, device="cpu"), "train"),
         "command": shlex.join(["python", "benchmarks/train_throughput.py", *sys.argv[1:]]),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
