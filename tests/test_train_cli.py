@@ -137,7 +137,7 @@ def test_the_shipped_settings_are_accepted(root, tmp_path):
     paths = sorted((root / "trainers/configs").glob("*.yaml"))
     assert paths
     for path in paths:
-        parse_settings([str(path), "--output_dir", str(tmp_path)])
+        parse_settings([str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"])  # one asks for bf16
 
 
 def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, base, images, tmp_path, capsys):
