@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from regard.modeling.attention import attend, eager_attention_forward
+from regard.modeling.attention import attend
 
 
 class Partition(NamedTuple):
@@ -147,6 +147,11 @@ class GridAttention(nn.Module):
         return key, value, real
 
 
+def _length(vectors: torch.Tensor) -> torch.Tensor:
+    """Length along the last dimension, which is kept; never 0."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
 class ChannelAttention(nn.Module):
     """Attention of channels to those of their group (Ali et al., 2021, XCiT): every token gets the same mixture of its
     channels, chosen by how they agree over the whole grid. Costs as many operations as there are tokens.
@@ -169,11 +174,13 @@ class ChannelAttention(nn.Module):
         Returns:
             the output `(batch, rows, columns, hidden_size)` and the weights `(batch, groups, channels, channels)`.
         """
-        qkv = self.qkv_proj(grid).flatten(1, 2).unflatten(-1, (3, self.num_groups, -1))
-        query, key, value = qkv.permute(2, 0, 3, 4, 1)  # each (batch, groups, channels, tokens)
-        query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
-        output, weights = eager_attention_forward(self, query * self.temperature, key, value, None, scaling=1.0)
-        return output.permute(0, 3, 2, 1).flatten(2).unflatten(1, grid.shape[1:3]), (weights,)
+        qkv = self.qkv_proj(grid).flatten(1, 2).transpose(1, 2).contiguous()  # a channel's tokens side by side
+        query, key, value = qkv.unflatten(1, (3, self.num_groups, -1)).unbind(1)  # (batch, groups, channels, tokens)
+        query = query * (self.temperature / _length(query))
+        scores = query @ (key / _length(key)).transpose(-1, -2)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # (batch, groups, channels, channels)
+        output = (weights @ value).flatten(1, 2).transpose(1, 2)  # (batch, tokens, channels)
+        return output.unflatten(1, grid.shape[1:3]), (weights,)
 
 
 __all__ = ["ChannelAttention", "GridAttention", "Partition", "pool_grid"]
