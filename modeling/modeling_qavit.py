@@ -255,8 +255,8 @@ class QAViTLayer(GradientCheckpointingLayer):
         branches = shared if self.branches is None else self.branches
         found, _, compressed, bank = branches(self.attention_norm(grid), bank, gateway)
         mixed, weights = self.fusion(found, compressed)
-        grid = grid + self.drop_path(mixed * self.attention_scale)
-        grid = grid + self.drop_path(self.mlp(self.mlp_norm(grid)) * self.mlp_scale)
+        grid = grid.addcmul(self.drop_path(mixed), self.attention_scale)
+        grid = grid.addcmul(self.drop_path(self.mlp(self.mlp_norm(grid))), self.mlp_scale)
         return grid.flatten(1, 2), bank, weights.flatten(1, 2)
 
 
@@ -323,7 +323,8 @@ class QAViTModel(QAViTPreTrainedModel):
         if pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
             raise ValueError(f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {patch}; resize it.")
         embedded = self.embeddings(pixel_values.to(self.norm.weight.dtype))
-        hidden_states = embedded.flatten(2).transpose(1, 2)  # (batch, tokens, embed_dim)
+        # A patch projection gives channels first in memory, and every residual sum after it would keep that order.
+        hidden_states = embedded.flatten(2).transpose(1, 2).contiguous()  # (batch, tokens, embed_dim)
         bank = self.gateway.tokens.expand(pixel_values.shape[0], -1, -1) if self.gateway is not None else None
         fusion_weights = []
         for layer in self.layers:
