@@ -70,7 +70,7 @@ def shipped_files(root: Path) -> set[str]:
     }
     for folder in FOLDERS:
         files |= {f"regard/{path.relative_to(root)}" for path in (root / folder).rglob("*.py")}
-    for pattern in ("data/*.json", "data/*.txt", "trainers/*/*.yaml", "model_cards/image-text-slot-5m/*"):
+    for pattern in ("data/*.json", "data/*.txt", "trainers/*/*.yaml", "model_cards/*/*"):
         files |= {f"regard/{path.relative_to(root)}" for path in root.glob(pattern)}
     return files
 
@@ -79,7 +79,8 @@ def test_the_wheel_holds_exactly_the_package(root: Path, built: tuple[Path, Path
     with zipfile.ZipFile(built[1]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped_files(root)
-    assert "regard/model_cards/image-text-slot-5m/model.safetensors" in names
+    for checkpoint in ("image-text-slot-5m", "qavit-tiny-fashion-mnist"):
+        assert f"regard/model_cards/{checkpoint}/model.safetensors" in names
     assert "regard/data/apt-packages.txt" in names
 
 
