@@ -270,12 +270,12 @@ def format_ablations(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Accuracy against processor seconds."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("no plot: `pip install matplotlib`", file=sys.stderr)
         return
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     for name, row in sorted(results.items(), key=lambda item: -item[1]["accuracy"]):

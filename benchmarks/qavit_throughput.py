@@ -147,12 +147,12 @@ def profile_step(size: Size) -> dict[str, float]:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Milliseconds an image by its size."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("no plot: `pip install matplotlib`", file=sys.stderr)
         return
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
     for kind, marker in (("training", "o"), ("inference", "s")):
