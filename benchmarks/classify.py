@@ -17,7 +17,8 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -267,25 +268,32 @@ def format_ablations(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against processor seconds."""
+@contextmanager
+def plotted(path: Path) -> Iterator[Any]:
+    """Axes that are saved as a picture, with legend and grid; None where matplotlib is not installed."""
     try:
         import matplotlib  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("no plot: `pip install matplotlib`", file=sys.stderr)
+        yield None
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
+    yield axes
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+def plot(results: dict[str, Any], axes: Any) -> None:
+    """Accuracy against processor seconds."""
     for name, row in sorted(results.items(), key=lambda item: -item[1]["accuracy"]):
         seconds, accuracies = zip(*row["curve"], strict=True)
         ours = name.startswith("regard")
         axes.plot(seconds, [100 * a for a in accuracies], label=name, linewidth=2.5 if ours else 1.2, marker="o", ms=3)
     axes.set(xlabel="processor seconds of training", ylabel="validation accuracy, %", title="Fashion-MNIST, one thread")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -324,7 +332,9 @@ def main(arguments: list[str] | None = None) -> int:
     (options.output / f"classify_{options.what}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print({"peers": format_peers, "ablations": format_ablations}[options.what](results))
     if options.what == "peers":
-        plot(results, options.plot)
+        with plotted(options.plot) as axes:
+            if axes is not None:
+                plot(results, axes)
     return 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classify import ROOT, QAViTLogits, timm_model
+from classify import ROOT, QAViTLogits, plotted, timm_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -144,17 +144,8 @@ def profile_step(size: Size) -> dict[str, float]:
     return {kind: round(share / total, 3) for kind, share in sorted(shares.items(), key=lambda item: -item[1])}
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any], axes: Any) -> None:
     """Milliseconds an image by its size."""
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        print("no plot: `pip install matplotlib`", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
     for kind, marker in (("training", "o"), ("inference", "s")):
         for preset in ("tiny-32", "tiny"):
             rows = [(SIZES[key].side, 1000 / row[kind]["qavit"]) for key, row in results.items()
@@ -165,9 +156,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
                     sides, costs, marker=marker, label=f"{preset}, patches of {4 if preset != 'tiny' else 16}, {kind}"
                 )
     axes.set(xlabel="side of the image, pixels", ylabel="milliseconds an image, one thread", yscale="log")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -214,7 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(format_table(results))
     print(f"\nA training step at {options.sizes[0]} px: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-    plot(results, options.plot)
+    with plotted(options.plot) as axes:
+        if axes is not None:
+            plot(results, axes)
     return 0
 
 

@@ -72,3 +72,11 @@ def make_image():
         return path
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_image) -> Path:
+    """Three images in two folders, two of them of one name."""
+    for name in ("a/one.png", "a/two.png", "b/one.png"):
+        make_image(tmp_path / "images" / name, name)
+    return tmp_path / "images"

@@ -16,13 +16,6 @@ from regard_cli import main
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_image) -> Path:
-    for name in ("a/one.png", "a/two.png", "b/one.png"):
-        make_image(tmp_path / "images" / name, name)
-    return tmp_path / "images"
-
-
-@pytest.fixture
 def classify(tiny_classifier: Path):
     """`regard classify ...` with the tiny model, in this process."""
     return lambda *arguments: main(

@@ -22,14 +22,6 @@ VERBS = ["read", "classify", "train", "evaluate"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_image) -> Path:
-    """Three images in two folders, two of them of one name."""
-    for name in ("a/one.png", "a/two.png", "b/one.png"):
-        make_image(tmp_path / "images" / name, name)
-    return tmp_path / "images"
-
-
-@pytest.fixture
 def read(tiny_checkpoint: Path):
     """`regard read ...` with the tiny model, in this process."""
     return lambda *arguments: main(["read", "--model", str(tiny_checkpoint), "--device", "cpu", *map(str, arguments)])

@@ -211,9 +211,13 @@ def test_command_trains_on_a_folder_and_ends(folder, tmp_path, capsys):
     assert processor.image_mean[0] == pytest.approx(0.3, abs=0.1)
     assert main(settings(folder, tmp_path)) == 0
     assert "nothing is left to train" in capsys.readouterr().out
-    changes = {"init_from": str(run), "output_dir": str(tmp_path / "further")}
-    assert main(settings(folder, tmp_path, **changes)) == 0
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "further").config.depth == 1
+    changes = {"init_from": str(run), "output_dir": str(tmp_path / "further"), "config_overrides": {"image_size": 16}}
+    assert main(settings(folder, tmp_path, **changes, train_images=8, eval_images=2)) == 0
+    further = AutoModelForImageClassification.from_pretrained(tmp_path / "further")
+    assert (further.config.depth, further.config.image_size) == (1, 16)
+    assert QAViTImageProcessor.from_pretrained(tmp_path / "further").size["height"] == 16
+    state = json.loads((tmp_path / "further" / "trainer_state.json").read_text())
+    assert state["global_step"] == 1  # of 8 images
 
 
 @pytest.mark.parametrize(

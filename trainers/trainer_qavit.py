@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BaseImageProcessor, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
@@ -115,13 +115,12 @@ class QAViTTrainer(RegardTrainer):
         self._mean, self._std = mean.to(args.device), std.to(args.device)
         self.average: AveragedModel | None = None
         if args.ema_decay:
-            self.average = AveragedModel(self.accelerator.unwrap_model(self.model), multi_avg_fn=self._average)
+            self.average = AveragedModel(self.accelerator.unwrap_model(self.model), multi_avg_fn=self._update_average)
             self.add_callback(_Averaging(self))
 
-    @torch.no_grad()
-    def _average(self, averaged, current, number) -> None:
+    def _update_average(self, averaged, current, number) -> None:
         decay = min(self.args.ema_decay, (1 + number.item()) / (10 + number.item()))  # young weights are soon forgotten
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        get_ema_multi_avg_fn(decay)(averaged, current, number)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:

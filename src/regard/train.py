@@ -196,7 +196,7 @@ def build_qavit(
         model = QAViTForImageClassification.from_pretrained(
             source, dtype="float32", ignore_mismatched_sizes=True, **overrides, **labels
         )
-        processor = QAViTImageProcessor.from_pretrained(source)
+        processor = QAViTImageProcessor.from_pretrained(source, size=model.config.image_size)
     model.set_attn_implementation(model_args.attn_implementation)
     train, evaluation = (
         data if limit is None else data.shuffle(seed=data_args.split_seed).select(range(min(limit, len(data))))
