@@ -10,18 +10,22 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForVisualQuestionAnswering,
     AutoProcessor,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
+from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification, QAViTModel
+from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.pipelines.text_recognition import TextRecognitionPipeline
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
+from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
 from regard.processing.tokenization_byte import build_byte_tokenizer
 
 __version__ = "0.1.0"
@@ -38,6 +42,11 @@ AutoModelForImageClassification.register(QAViTConfig, QAViTForImageClassificatio
 AutoBackbone.register(QAViTConfig, QAViTBackbone)
 AutoImageProcessor.register(QAViTConfig, image_processor_classes={"pil": QAViTImageProcessor})
 
+AutoConfig.register("query_conditioned_vqa", QueryConditionedVQAConfig)
+AutoModel.register(QueryConditionedVQAConfig, QueryConditionedVQAModel)
+AutoModelForVisualQuestionAnswering.register(QueryConditionedVQAConfig, QueryConditionedVQAModel)
+AutoProcessor.register(QueryConditionedVQAConfig, QueryConditionedVQAProcessor)
+
 __all__ = [
     "ImageTextSlotConfig",
     "ImageTextSlotImageProcessor",
@@ -48,6 +57,9 @@ __all__ = [
     "QAViTForImageClassification",
     "QAViTImageProcessor",
     "QAViTModel",
+    "QueryConditionedVQAConfig",
+    "QueryConditionedVQAModel",
+    "QueryConditionedVQAProcessor",
     "TextRecognitionPipeline",
     "build_byte_tokenizer",
 ]

@@ -1,0 +1,412 @@
+"""QueryConditionedVQA: answers a question about an image, looking where the question points.
+
+Any text encoder gives words, any vision encoder patches; in the layers between, the question chooses words, scales and
+shifts the patches (FiLM, Perez et al., 2018), lets them attend to the words beside themselves (QA-ViT, Ganz et al.,
+2024), and looks at those that suit it. What is unusual: where it looks is one distribution over the patches for each
+layer, returned as `relevance`, through which the patches reach the answer, and which can be taught. The image is encoded
+without the question, so that many questions of one image cost one encoding.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoBackbone, AutoModel, PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
+from regard.modeling.attention import attend
+from regard.modeling.layers import sinusoidal_positions_2d
+
+
+@dataclass
+class QueryConditionedVQAOutput(ModelOutput):
+    """
+    Args:
+        loss: weighted sum of the parts, a scalar; given `labels`.
+        loss_answer: cross-entropy, or binary cross-entropy summed over the answers, of the questions' mean.
+        loss_relevance: divergence (KL) of the last layer's relevance from its target, mean over the questions that
+            have one; given `relevance_targets`.
+        logits: `(questions, num_labels)`.
+        relevance: where each layer looked, `(questions, num_layers, patches)`; sums to 1 over the patches.
+        word_attention: the words by which each layer chose, `(questions, num_layers, words)`; likewise.
+        image_features: patches before any question, `(images, patches, hidden_size)`, row by row; can be given back.
+        hidden_states: patches after each layer, `(questions, patches, hidden_size)`, on request.
+        attentions: attention of the patches to words, then patches, `(questions, heads, patches, words + patches)`, of
+            each layer, on request (eager only). Empty with `conditioning="vector"`.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_answer: torch.Tensor | None = None
+    loss_relevance: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    relevance: torch.Tensor | None = None
+    word_attention: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """The encoder of a configuration, without the pooling layer that some have and nothing here would train."""
+    if isinstance(config, BackboneConfigMixin):
+        return AutoBackbone.from_config(config)
+    model_class = AutoModel._model_mapping[type(config)]
+    pooled = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return AutoModel.from_config(config, **({"add_pooling_layer": False} if pooled else {}))
+
+
+def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension where `mask` is true; even where it is true nowhere."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).to(scores.dtype)
+
+
+class RelevanceScore(nn.Module):
+    """How well each of `(batch, items, hidden_size)` suits a query `(batch, hidden_size)`: scores `(batch, items)`."""
+
+    def __init__(self, kind: str, hidden_size: int):
+        super().__init__()
+        self.kind = kind
+        self.scaling = hidden_size**-0.5  # of bilinear scores too, which saturate without it
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, hidden_size) if kind != "bilinear" else None
+        self.score = nn.Linear(hidden_size, 1, bias=False) if kind == "additive" else None
+
+    def forward(self, query: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        if self.q_proj is not None:
+            query = self.q_proj(query)
+        keys = self.k_proj(items)
+        if self.score is not None:
+            return self.score((query[:, None] + keys).tanh()).squeeze(-1)
+        return (keys @ query[..., None]).squeeze(-1) * self.scaling
+
+
+class JointAttention(nn.Module):
+    """Patches attend to words and patches. What the words give passes a gate of each head that starts at zero, so that
+    at first an image is seen as if nothing had been asked (QA-ViT)."""
+
+    is_causal = False
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.config = config
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size, bias=False)  # a key bias cancels in the softmax
+        self.v_proj = nn.Linear(size, size)
+        self.o_proj = nn.Linear(size, size)
+        self.word_gate = nn.Parameter(torch.zeros(config.num_attention_heads, 1, 1))
+
+    def _split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+
+    def forward(
+        self, patches: torch.Tensor, words: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        both = torch.cat((words, patches), dim=1)
+        key, value = self._split_heads(self.k_proj(both)), self._split_heads(self.v_proj(both))
+        gate = self.word_gate.tanh().expand(-1, words.shape[1], -1)
+        gate = torch.cat((gate, gate.new_ones(len(gate), patches.shape[1], 1)), dim=1)  # (heads, words + patches, 1)
+        query = self._split_heads(self.q_proj(patches))
+        output, weights = attend(self, query, key, value * gate, attention_mask)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class QueryConditionedLayer(GradientCheckpointingLayer):
+    """The question chooses words, changes the patches by them, and looks."""
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.query_norm = nn.LayerNorm(size, eps=eps)
+        self.word_score = RelevanceScore("dot", size)
+        self.word_proj = nn.Linear(size, size)
+        self.film = nn.Linear(size, 2 * size)
+        self.attention_norm = nn.LayerNorm(size, eps=eps)
+        self.attention = JointAttention(config)
+        self.mlp_norm = nn.LayerNorm(size, eps=eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(size, config.intermediate_size),
+            ACT2FN[config.hidden_act],
+            nn.Linear(config.intermediate_size, size),
+        )
+        self.look_norm = nn.LayerNorm(size, eps=eps)
+        self.patch_score = RelevanceScore(config.relevance_score, size)
+        self.look_proj = nn.Linear(size, size)
+        self.relevance_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        query: torch.Tensor,
+        words: torch.Tensor,
+        word_mask: torch.Tensor,
+        patch_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            patches: `(questions, patches, hidden_size)`.
+            query: what is being looked for, `(questions, hidden_size)`.
+            words: `(questions, words, hidden_size)`.
+            word_mask, patch_mask: True where there is one, `(questions, words)` and `(questions, patches)`.
+
+        Returns:
+            patches and query afterwards, relevance `(questions, patches)` and word attention `(questions, words)`.
+        """
+        chosen = masked_softmax(self.word_score(self.query_norm(query), words), word_mask)
+        query = query + self.word_proj((chosen[:, None] @ words).squeeze(1))
+        scale, shift = self.film(query)[:, None].chunk(2, dim=-1)
+        usable = word_mask if patch_mask is None else torch.cat((word_mask, patch_mask), dim=1)
+        bias = torch.zeros(usable.shape, device=usable.device).masked_fill(~usable, torch.finfo(patches.dtype).min)
+        if patch_mask is None:
+            bias = nn.functional.pad(bias, (0, patches.shape[1]))
+        conditioned = self.attention_norm(patches) * (1 + scale) + shift
+        patches = patches + self.attention(conditioned, words, bias[:, None, None])[0]
+        patches = patches + self.mlp(self.mlp_norm(patches))
+        seen = self.look_norm(patches)
+        relevance = masked_softmax(self.patch_score(query, seen), patch_mask)
+        query = query + self.look_proj((relevance[:, None] @ seen).squeeze(1))
+        # 1 for the most relevant patch; the gate decides how far the others fade.
+        share = relevance / relevance.amax(-1, keepdim=True)
+        patches = patches * (1 + self.relevance_gate.tanh() * (share - 1))[..., None]
+        return patches, query, relevance, chosen
+
+
+class StackedAttentionLayer(GradientCheckpointingLayer):
+    """One vector for the question looks at patches that it does not change, and adds what it saw to itself (Yang et
+    al., 2016)."""
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__()
+        self.patch_score = RelevanceScore(config.relevance_score, config.hidden_size)
+        self.look_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        query: torch.Tensor,
+        words: torch.Tensor,
+        word_mask: torch.Tensor,
+        patch_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `QueryConditionedLayer`; the question vector is the words' mean, so that the word attention is even."""
+        relevance = masked_softmax(self.patch_score(query, patches), patch_mask)
+        query = query + self.look_proj((relevance[:, None] @ patches).squeeze(1))
+        return patches, query, relevance, word_mask / word_mask.sum(-1, keepdim=True)
+
+
+class AnswerHead(nn.Module):
+    """Query, what it last looked at, and a sum over all patches that bear on it -> logits.
+
+    A mean cannot count: the sum, of patches weighed by a gate of each, can. The described head has no such sum.
+    """
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        counts = config.conditioning == "words"
+        self.evidence_gate = nn.Linear(size, config.num_attention_heads) if counts else None
+        self.evidence = nn.Linear(size, size) if counts else None
+        self.fusion = nn.Linear((2 + counts) * size, size)
+        self.fusion_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(size, config.num_labels)  # pyright: ignore[reportArgumentType]
+
+    def forward(
+        self, patches: torch.Tensor, query: torch.Tensor, relevance: torch.Tensor, patch_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        patches = self.norm(patches)
+        parts = [query, (relevance[:, None] @ patches).squeeze(1)]
+        if self.evidence_gate is not None:
+            gate = self.evidence_gate(patches).sigmoid()  # (questions, patches, heads)
+            if patch_mask is not None:
+                gate = gate * patch_mask[..., None]
+            evidence = self.evidence(patches).unflatten(-1, (gate.shape[-1], -1))  # (questions, patches, heads, width)
+            parts.append((gate[..., None] * evidence).sum(1).flatten(1))
+        fused = self.fusion(torch.cat(parts, dim=-1))
+        return self.classifier(self.dropout(self.activation(self.fusion_norm(fused))))
+
+
+class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
+    config: QueryConditionedVQAConfig
+    base_model_prefix = "vqa"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means of their own
+    _no_split_modules = ["QueryConditionedLayer", "StackedAttentionLayer"]
+    _supports_sdpa = True  # flash attention takes no mask
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(QueryConditionedLayer, index=0),
+        "attentions": OutputRecorder(JointAttention, index=1),
+    }
+    no_weight_decay = ("tokens", "cls_token", "position_embeddings")  # of encoders; read by regard's trainers
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
+        elif isinstance(module, JointAttention):
+            init.zeros_(module.word_gate)
+        elif isinstance(module, QueryConditionedLayer):
+            init.zeros_(module.relevance_gate)
+        elif isinstance(module, AnswerHead) and module.evidence_gate is not None:
+            init.constant_(module.evidence_gate.bias, -4.0)  # few patches are evidence
+
+
+class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
+    """Questions about images to answers, with where each layer looked."""
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__(config)
+        self.text_model = build_encoder(config.text_config)
+        self.vision_model = build_encoder(config.vision_config)
+        size = config.hidden_size
+        self.text_proj = nn.Linear(config.text_config.hidden_size, size)
+        backbone = isinstance(config.vision_config, BackboneConfigMixin)
+        channels = self.vision_model.channels[-1] if backbone else config.vision_config.hidden_size
+        self.patch_norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.vision_proj = nn.Linear(channels, size)
+        layer_class = QueryConditionedLayer if config.conditioning == "words" else StackedAttentionLayer
+        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_layers)])
+        self.head = AnswerHead(config)
+        self.post_init()
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patches `(images, patches, hidden_size)` of images `(images, channels, height, width)`, row by row."""
+        outputs: Any = self.vision_model(pixel_values.to(self.vision_proj.weight.dtype))
+        if isinstance(self.config.vision_config, BackboneConfigMixin):
+            features = outputs.feature_maps[-1]  # (images, channels, rows, columns)
+            rows, columns = features.shape[2:]
+            features = features.flatten(2).transpose(1, 2)
+        else:
+            patch_size = self.config.vision_config.patch_size
+            rows, columns = (side // patch_size for side in pixel_values.shape[2:])
+            features = outputs.last_hidden_state[:, -rows * columns :]  # class and register tokens stand before
+        positions = sinusoidal_positions_2d(rows, columns, self.config.hidden_size, features.device)
+        return self.vision_proj(self.patch_norm(features)) + positions.to(features.dtype)
+
+    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        relevance_targets: torch.Tensor | None = None,
+        **kwargs,
+    ) -> QueryConditionedVQAOutput:
+        """
+        Args:
+            pixel_values: `(images, channels, height, width)`.
+            input_ids: questions `(questions, words)`.
+            attention_mask: 1 for a word, 0 for padding, `(questions, words)`; all are words if not given.
+            patch_mask: True for the patches that may be looked at, `(images, patches)`.
+            image_features: what `encode_image` gave, in place of `pixel_values`.
+            image_index: the image of each question, `(questions,)`; without it question i is about image i, and a
+                single image is that of all questions.
+            labels: answers `(questions,)`, or the score of each answer `(questions, num_labels)`.
+            relevance_targets: where to look, `(questions, patches)`, each sums to 1, or to 0 where unknown.
+
+        Raises:
+            ValueError: an input is missing, or numbers do not agree.
+        """
+        if input_ids is None or (pixel_values is None) == (image_features is None):
+            raise ValueError("Give input_ids, and either pixel_values or image_features.")
+        if image_features is None:
+            assert pixel_values is not None
+            image_features = self.encode_image(pixel_values)
+        patches, patch_mask = self._by_question(len(input_ids), image_index, image_features, patch_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        words = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        words, word_mask = self.text_proj(words), attention_mask.bool()
+        weights = word_mask[..., None].to(words.dtype)
+        query = (words * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+        kept, relevances, attentions = None, [], []
+        for layer in self.layers:
+            patches, query, relevance, chosen = layer(patches, query, words, word_mask, patch_mask)
+            everywhere = relevance
+            if kept is not None:
+                everywhere = relevance.new_zeros(relevances[0].shape).scatter(1, kept, relevance)
+            elif self.config.keep_patches is not None and len(self.layers) > 1:
+                kept = relevance.topk(min(self.config.keep_patches, relevance.shape[1]), sorted=False).indices
+                patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+                patch_mask = None if patch_mask is None else patch_mask.gather(1, kept)
+            relevances.append(everywhere)
+            attentions.append(chosen)
+        logits = self.head(patches, query, relevance, patch_mask)
+        return QueryConditionedVQAOutput(
+            **self._losses(logits, relevances[-1], labels, relevance_targets),
+            logits=logits,
+            relevance=torch.stack(relevances, dim=1),
+            word_attention=torch.stack(attentions, dim=1),
+            image_features=image_features,
+        )
+
+    def _by_question(
+        self, questions: int, image_index: torch.Tensor | None, *by_image: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        """Rows of images as rows of questions."""
+        images = by_image[0]
+        assert images is not None
+        if image_index is not None:
+            if len(image_index) != questions:
+                raise ValueError(f"image_index names {len(image_index)} images for {questions} questions.")
+            return [None if rows is None else rows[image_index] for rows in by_image]
+        if images.shape[0] == 1:
+            return [None if rows is None else rows.expand(questions, *rows.shape[1:]) for rows in by_image]
+        if images.shape[0] != questions:
+            raise ValueError(f"{questions} questions about {images.shape[0]} images: image_index must say which.")
+        return list(by_image)
+
+    def _losses(
+        self,
+        logits: torch.Tensor,
+        relevance: torch.Tensor,
+        labels: torch.Tensor | None,
+        relevance_targets: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        if labels is None:
+            return {}
+        logits = logits.float()
+        if self.config.problem_type == "multi_label_classification":
+            if labels.dim() == 1:
+                labels = nn.functional.one_hot(labels, logits.shape[1])
+            wrong = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+            losses = {"loss_answer": wrong.sum(1).mean()}
+        else:
+            losses = {"loss_answer": nn.functional.cross_entropy(logits, labels)}
+        loss = losses["loss_answer"]
+        if relevance_targets is not None:
+            known = relevance_targets.sum(1) > 0
+            divergence = nn.functional.kl_div(
+                relevance.float().clamp(min=1e-8).log(), relevance_targets, reduction="none"
+            )
+            losses["loss_relevance"] = divergence.sum(1).mul(known).sum() / known.sum().clamp(min=1)
+            loss = loss + self.config.relevance_loss_weight * losses["loss_relevance"]
+        return {"loss": loss, **losses}
+
+
+__all__ = ["QueryConditionedVQAModel", "QueryConditionedVQAOutput", "QueryConditionedVQAPreTrainedModel"]
