@@ -124,6 +124,7 @@ class ImageTextSlotPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(Attention, index=1, layer_name="cross_attention"),
     }
     no_weight_decay = ("slots", "boundaries")  # learned tokens, read by regard's trainers
+    backbone_modules = ()  # likewise
 
     @torch.no_grad()
     def _init_weights(self, module):

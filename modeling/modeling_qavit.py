@@ -272,6 +272,7 @@ class QAViTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _can_record_outputs = {"hidden_states": QAViTLayer, "attentions": OutputRecorder(QAViTBranches, index=1)}
     no_weight_decay = ("tokens",)  # the bank's; read by regard's trainers
+    backbone_modules = ()  # likewise
 
     @torch.no_grad()
     def _init_weights(self, module):

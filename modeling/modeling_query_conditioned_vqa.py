@@ -255,6 +255,7 @@ class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(JointAttention, index=1),
     }
     no_weight_decay = ("tokens", "cls_token", "position_embeddings")  # of encoders; read by regard's trainers
+    backbone_modules = ("text_model", "vision_model")  # likewise
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -336,7 +337,7 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         if image_features is None:
             assert pixel_values is not None
             image_features = self.encode_image(pixel_values)
-        patches, patch_mask = self._by_question(len(input_ids), image_index, image_features, patch_mask)
+        patches, patch_mask = self._by_question(input_ids.shape[0], image_index, image_features, patch_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         words = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -372,8 +373,8 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         images = by_image[0]
         assert images is not None
         if image_index is not None:
-            if len(image_index) != questions:
-                raise ValueError(f"image_index names {len(image_index)} images for {questions} questions.")
+            if image_index.shape[0] != questions:
+                raise ValueError(f"image_index names {image_index.shape[0]} images for {questions} questions.")
             return [None if rows is None else rows[image_index] for rows in by_image]
         if images.shape[0] == 1:
             return [None if rows is None else rows.expand(questions, *rows.shape[1:]) for rows in by_image]

@@ -31,7 +31,7 @@ def train_question_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-    backend.train_from_iterable(questions, trainer)
+    backend.train_from_iterator(questions, trainer)
     start, end = backend.token_to_id(CLS_TOKEN), backend.token_to_id(SEP_TOKEN)
     backend.post_processor = TemplateProcessing(
         single=f"{CLS_TOKEN} $A {SEP_TOKEN}", special_tokens=[(CLS_TOKEN, start), (SEP_TOKEN, end)]

@@ -1,19 +1,74 @@
-"""What the trainers of all models share: which parameters decay, and a log of each part of the loss."""
+"""What the trainers of all models share: which parameters learn how, and a log of each part of the loss."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+
+
+@dataclass
+class RegardTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with two more learning rates."""
+
+    muon_learning_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Learning rate of the matrices of linear layers under Muon (Jordan et al., 2024), scaled as AdamW's "
+            "(Liu et al., 2025), e.g. 3e-3; the others stay under `optim`. 0: no Muon."
+        },
+    )
+    backbone_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the encoders inside the model; default: that of the rest."},
+    )
+
+
+class MuonWithOptimizer(torch.optim.Optimizer):
+    """Muon for the groups whose `use_muon` is true, another optimizer for the others.
+
+    Args:
+        groups: parameter groups, each with `use_muon`.
+        make_other: groups -> the other optimizer.
+        learning_rate: of the groups under Muon that have none of their own.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        make_other: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        learning_rate: float,
+    ):
+        under_muon = [group for group in groups if group["use_muon"]]
+        others = [group for group in groups if not group["use_muon"]]
+        self.muon = torch.optim.Muon(under_muon, lr=learning_rate, adjust_lr_fn="match_rms_adamw")
+        self.other = make_other(others)
+        super().__init__(self.muon.param_groups + self.other.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        # Groups and state are this optimizer's, which schedulers change and checkpoints hold.
+        for optimizer, uses_muon in ((self.muon, True), (self.other, False)):
+            optimizer.param_groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
+            optimizer.state = self.state
+            optimizer.step()
+        return loss
 
 
 class RegardTrainer(Trainer):
     """`transformers.Trainer` that decays matrices only and logs the mean of every output field named `loss_*`.
 
     The stock trainer decays everything that is not a bias or in a norm: learned tokens and LayerScale too. A model
-    names its learned tokens in `no_weight_decay`.
+    names its learned tokens in `no_weight_decay`, and in `backbone_modules` the encoders that may have a learning rate
+    of their own.
     """
+
+    args: RegardTrainingArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -30,6 +85,45 @@ class RegardTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.dim() > 1 and name.rpartition(".")[2] not in exempt
         ]
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The parameters by weight decay, encoder or not, and optimizer; empty groups are left out."""
+        decaying = set(self.get_decay_parameter_names(model))
+        backbone = tuple(f"{name}." for name in self.accelerator.unwrap_model(model).backbone_modules)
+        matrices = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "classifier"
+        }
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                uses_muon = bool(self.args.muon_learning_rate) and name in matrices
+                groups[name in decaying, name.startswith(backbone), uses_muon].append(parameter)
+        scale = (self.args.backbone_learning_rate or self.args.learning_rate) / self.args.learning_rate
+        return [
+            {
+                "params": parameters,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+                "lr": (scale if inside else 1.0)
+                * (self.args.muon_learning_rate if uses_muon else self.args.learning_rate),
+                "use_muon": uses_muon,
+            }
+            for (decays, inside, uses_muon), parameters in groups.items()
+        ]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and (self.args.muon_learning_rate or self.args.backbone_learning_rate is not None):
+            model = self.model if model is None else model
+            groups = self.parameter_groups(model)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if self.args.muon_learning_rate:
+                self.optimizer = MuonWithOptimizer(
+                    groups, lambda others: optimizer_class(others, **kwargs), self.args.muon_learning_rate
+                )
+            else:
+                self.optimizer = optimizer_class(groups, **kwargs)
+        return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -59,4 +153,4 @@ class RegardTrainer(Trainer):
         return output
 
 
-__all__ = ["RegardTrainer"]
+__all__ = ["MuonWithOptimizer", "RegardTrainer", "RegardTrainingArguments"]

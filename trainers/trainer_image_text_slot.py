@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalPrediction
 
 from regard.metrics.text_recognition.text_recognition import score_texts
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
-from regard.trainers.base import RegardTrainer
+from regard.trainers.base import RegardTrainer, RegardTrainingArguments
 from regard.visualize import draw_reading
 
 
 @dataclass
-class SlotTrainingArguments(TrainingArguments):
+class SlotTrainingArguments(RegardTrainingArguments):
     """`TrainingArguments` with the recipe of ImageTextSlot. Defaults that differ from the parent's:
 
     learning_rate 1e-4, cosine to 3e-5, 10 % warm-up, weight decay 1e-3, betas (0.9, 0.95), batch 64: the described

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import BaseImageProcessor, TrainerCallback, TrainerState, TrainingArguments
+from transformers import BaseImageProcessor, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction
 
 from regard.data.augmentation import augment_images, mix, random_erasing
 from regard.metrics.image_classification.image_classification import score_classes
-from regard.trainers.base import RegardTrainer
+from regard.trainers.base import RegardTrainer, RegardTrainingArguments
 
 OWN_WEIGHTS_NAME = "own_weights.safetensors"  # in a checkpoint, beside the averaged ones
 
 
 @dataclass
-class QAViTTrainingArguments(TrainingArguments):
+class QAViTTrainingArguments(RegardTrainingArguments):
     """`TrainingArguments` with the recipe of QAViT. Defaults that differ from the parent's:
 
     300 epochs, learning_rate 1e-3 (8e-4 for `small`), cosine to 1e-6 after 20 epochs of warm-up, weight decay 0.05: the
