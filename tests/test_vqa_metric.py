@@ -78,7 +78,7 @@ def test_contractions_lack_one_apostrophe():
 def test_normalized_answers_have_single_spaces_and_no_marks(text):
     answer = normalize_answer(text)
     assert answer == " ".join(answer.split())
-    assert not set(answer) & set(visual_question_answering.PUNCTUATION)
+    assert not visual_question_answering.PUNCTUATION.intersection(answer)
 
 
 def test_known_accuracies():

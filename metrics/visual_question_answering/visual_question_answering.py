@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 ARTICLES = ("a", "an", "the")
 NUMBERS = {
     "none": "0",
@@ -69,8 +69,9 @@ def normalize_answer(text: str) -> str:
     """
     text = " ".join(text.split())
     thousands = re.search(r"\d,\d", text) is not None
-    dropped = {mark for mark in PUNCTUATION if thousands or f"{mark} " in text or f" {mark}" in text}
-    text = text.translate({ord(mark): "" if mark in dropped else " " for mark in PUNCTUATION})
+    marks = PUNCTUATION.intersection(text)
+    dropped = {mark for mark in marks if thousands or f"{mark} " in text or f" {mark}" in text}
+    text = text.translate({ord(mark): "" if mark in dropped else " " for mark in marks})
     words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
