@@ -1,0 +1,1 @@
+"""How well questions about images were answered: against one answer, or those of many people."""
