@@ -105,15 +105,18 @@ def load_visual_questions(
     return _hold_out(dataset, split, validation_size, seed) if held_out else dataset
 
 
-def answer_vocabulary(dataset: Dataset, size: int | None = None, min_count: int = 1) -> list[str]:
+def answer_vocabulary(
+    dataset: Dataset, size: int | None = None, min_count: int = 1, normalize: Callable[[str], str] = str
+) -> list[str]:
     """The answers of a data set, the most frequent first, and by the alphabet where they are equally frequent.
 
     Args:
         dataset: with the column `answers`, each of which counts.
         size: number of answers kept; default: all.
         min_count: how often an answer must have been given.
+        normalize: makes answers equal that mean the same.
     """
-    counts = Counter(answer for answers in dataset["answers"] for answer in answers)
+    counts = Counter(normalize(answer) for answers in dataset["answers"] for answer in answers)
     kept = [answer for answer, count in counts.items() if count >= min_count]
     return sorted(kept, key=lambda answer: (-counts[answer], answer))[:size]
 

@@ -3,17 +3,18 @@
 Any text encoder gives words, any vision encoder patches; in the layers between, the question chooses words, scales and
 shifts the patches (FiLM, Perez et al., 2018), lets them attend to the words beside themselves (QA-ViT, Ganz et al.,
 2024), and looks at those that suit it. What is unusual: where it looks is one distribution over the patches for each
-layer, returned as `relevance`, through which the patches reach the answer, and which can be taught. The image is encoded
-without the question, so that many questions of one image cost one encoding.
+layer, returned as `relevance`, through which the patches reach the answer, and which can be taught. The image is
+encoded without the question, so that many questions of one image cost one encoding.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoModel, PreTrainedConfig
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
@@ -59,9 +60,21 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """The encoder of a configuration, without the pooling layer that some have and nothing here would train."""
     if isinstance(config, BackboneConfigMixin):
         return AutoBackbone.from_config(config)
+    return AutoModel.from_config(config, **_without_pooling(config))
+
+
+def _without_pooling(config: PreTrainedConfig) -> dict[str, bool]:
     model_class = AutoModel._model_mapping[type(config)]
     pooled = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return AutoModel.from_config(config, **({"add_pooling_layer": False} if pooled else {}))
+    return {"add_pooling_layer": False} if pooled else {}
+
+
+def load_encoder(source: str) -> PreTrainedModel:
+    """Likewise, with published weights from a folder or a Hub repository."""
+    config = AutoConfig.from_pretrained(source)
+    if isinstance(config, BackboneConfigMixin):
+        return AutoBackbone.from_pretrained(source)
+    return AutoModel.from_pretrained(source, **_without_pooling(config))
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -289,6 +302,27 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         self.head = AnswerHead(config)
         self.post_init()
 
+    @classmethod
+    def from_encoders(
+        cls, config: QueryConditionedVQAConfig, text: str | None = None, vision: str | None = None
+    ) -> "QueryConditionedVQAModel":
+        """A new model around published encoders.
+
+        Args:
+            config: of the rest; its `text_config` and `vision_config` give way to those of the encoders.
+            text, vision: folders or Hub repositories; None leaves the configuration's, new.
+        """
+        config = copy.deepcopy(config)
+        encoders = {
+            name: load_encoder(source) for name, source in (("text", text), ("vision", vision)) if source is not None
+        }
+        for name, encoder in encoders.items():
+            setattr(config, f"{name}_config", encoder.config)
+        model = cls(config)
+        for name, encoder in encoders.items():
+            setattr(model, f"{name}_model", encoder)
+        return model
+
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches `(images, patches, hidden_size)` of images `(images, channels, height, width)`, row by row."""
         outputs: Any = self.vision_model(pixel_values.to(self.vision_proj.weight.dtype))
@@ -398,6 +432,8 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             wrong = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
             losses = {"loss_answer": wrong.sum(1).mean()}
         else:
+            if labels.dim() == 2:
+                labels = labels / labels.sum(1, keepdim=True).clamp(min=1e-6)
             losses = {"loss_answer": nn.functional.cross_entropy(logits, labels)}
         loss = losses["loss_answer"]
         if relevance_targets is not None:

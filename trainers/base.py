@@ -18,8 +18,8 @@ class RegardTrainingArguments(TrainingArguments):
     muon_learning_rate: float = field(
         default=0.0,
         metadata={
-            "help": "Learning rate of the matrices of linear layers under Muon (Jordan et al., 2024), scaled as AdamW's "
-            "(Liu et al., 2025), e.g. 3e-3; the others stay under `optim`. 0: no Muon."
+            "help": "Learning rate of the matrices of linear layers under Muon (Jordan et al., 2024), scaled as "
+            "AdamW's (Liu et al., 2025), e.g. 3e-3; the others stay under `optim`. 0: no Muon."
         },
     )
     backbone_learning_rate: float | None = field(

@@ -1,4 +1,4 @@
-"""Trains QueryConditionedVQA: questions of an image together, attention supervised by boxes, encoders frozen by plan."""
+"""Trains QueryConditionedVQA: an image's questions together, attention taught by boxes, encoders frozen by plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +30,8 @@ class VQATrainingArguments(RegardTrainingArguments):
         `backbone_learning_rate` of 2e-5 or so.
     per_device_train_batch_size 128: questions, not images.
     weight_decay 0.05.
-    eval_strategy, save_strategy "epoch", load_best_model_at_end, by accuracy on the validation split: what is saved at the
-        end is the best, not the last.
+    eval_strategy, save_strategy "epoch", load_best_model_at_end, by accuracy on the validation split: what is saved at
+        the end is the best, not the last.
     remove_unused_columns: the collator makes the tensors.
     ddp_find_unused_parameters: every parameter gets a gradient in every step.
     """
@@ -61,8 +61,8 @@ class VQATrainingArguments(RegardTrainingArguments):
         default_factory=list,
         metadata={
             "help": "Encoders that do not learn: text or vision for good, or between two shares of the steps as "
-            "NAME=FROM:TO, e.g. vision=0.5:1 to train it first and freeze it while the rest goes on, text=0:0.2 to thaw "
-            "it late."
+            "NAME=FROM:TO, e.g. vision=0.5:1 to train it first and freeze it while the rest goes on, text=0:0.2 to "
+            "thaw it late."
         },
     )
     augment_flip: bool = field(
@@ -99,8 +99,8 @@ class VQACollator:
         self.blind = blind
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values`, `input_ids`, `attention_mask`, `image_index`; `labels` `(questions, num_labels)`, the score of
-        each answer; `relevance_targets` `(questions, patches)` where any row has boxes."""
+        """`pixel_values`, `input_ids`, `attention_mask`, `image_index`; `labels` `(questions, num_labels)`, the score
+        of each answer; `relevance_targets` `(questions, patches)` where any row has boxes."""
         images: list[Image.Image] = []
         index: list[int] = []
         for _, group in groupby(enumerate(rows), lambda item: item[1].get("image_id", item[0])):
@@ -180,9 +180,9 @@ def group_by_image(dataset: Any) -> list[list[int]]:
 class VQATrainer(RegardTrainer):
     """Trainer of `QueryConditionedVQAModel`.
 
-    `processing_class` is a `QueryConditionedVQAProcessor`. Metrics: `accuracy`, the mean score of the best answer, where
-    min(n / 3, 1) is that of one which n of VQA v2's ten annotators gave; `pointing`, the share of the questions with
-    boxes whose most relevant patch touches one; and each loss.
+    `processing_class` is a `QueryConditionedVQAProcessor`. Metrics: `accuracy`, the mean score of the best answer,
+    min(n / 3, 1) of one which n of VQA v2's ten annotators gave; `pointing`, the share of the questions with boxes
+    whose most relevant patch touches one; and each loss.
     """
 
     args: VQATrainingArguments
@@ -219,15 +219,17 @@ class VQATrainer(RegardTrainer):
                 self.accelerator.unwrap_model(model).get_submodule(name).eval()
         if model.training and (self.args.augment_flip or self.args.augment_shift):
             if "relevance_targets" in inputs:
-                raise ValueError("augment_flip and augment_shift would move images away from their boxes; leave them out")
+                raise ValueError(
+                    "augment_flip and augment_shift would move images away from their boxes; leave them out"
+                )
             images = (inputs["pixel_values"] * self._std + self._mean).clamp(0, 1)
             images = augment_images(images, self.args.augment_flip, self.args.augment_shift)
             inputs = {**inputs, "pixel_values": (images - self._mean) / self._std}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss; the best answer's score, and 1 where the most relevant patch touches a box, 0 where it does not, -1 where
-        there is none, `(questions, 2)`; and the best score there is, `(questions,)`."""
+        """Loss; the best answer's score, and 1 where the most relevant patch touches a box, 0 where it does not, -1
+        where there is none, `(questions, 2)`; and the best score there is, `(questions,)`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)

@@ -12,29 +12,45 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
+from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
 from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
+from regard.data.scenes import ANSWERS, SceneDataset
 from regard.data.text_images import load_text_images
+from regard.data.visual_questions import answer_vocabulary, load_visual_questions
 from regard.hub import resolve
+from regard.metrics.visual_question_answering.visual_question_answering import normalize_answer
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTForImageClassification
+from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
+from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
 from regard.processing.tokenization_byte import build_byte_tokenizer
+from regard.processing.tokenization_question import train_question_tokenizer
 from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
 from regard.trainers.trainer_qavit import QAViTTrainer, QAViTTrainingArguments
+from regard.trainers.trainer_query_conditioned_vqa import VQATrainer, VQATrainingArguments
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -61,11 +77,11 @@ class ModelArguments:
 
 
 @dataclass
-class QAViTModelArguments(ModelArguments):
+class OverridingModelArguments(ModelArguments):
     """Likewise, with what an ablation or a data set of another size changes."""
 
-    model: str = field(default="qavit", metadata={"help": "which model to train"})
-    preset: str = field(default="tiny", metadata={"help": "architecture of a new model"})
+    config_class: ClassVar[type[PreTrainedConfig]]
+
     config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": 'fields of the configuration that differ, as JSON, e.g. {"image_size": 28}'},
@@ -78,11 +94,39 @@ class QAViTModelArguments(ModelArguments):
             except json.JSONDecodeError as error:
                 raise SettingsError(f"config_overrides: not JSON ({error})") from error
         self.config_overrides = self.config_overrides or {}
-        known = {field.name for field in fields(QAViTConfig)}
+        known = {field.name for field in fields(self.config_class)}
         if not isinstance(self.config_overrides, dict):
             raise SettingsError('config_overrides: write an object, such as {"image_size": 28}')
         if unknown := sorted(set(self.config_overrides) - known):
-            raise SettingsError(f"config_overrides: QAViTConfig has no field {unknown[0]}")
+            raise SettingsError(f"config_overrides: {self.config_class.__name__} has no field {unknown[0]}")
+
+
+@dataclass
+class QAViTModelArguments(OverridingModelArguments):
+    """Which QAViT is trained."""
+
+    config_class = QAViTConfig
+
+    model: str = field(default="qavit", metadata={"help": "which model to train"})
+    preset: str = field(default="tiny", metadata={"help": "architecture of a new model"})
+
+
+@dataclass
+class VQAModelArguments(OverridingModelArguments):
+    """Which QueryConditionedVQA is trained."""
+
+    config_class = QueryConditionedVQAConfig
+
+    model: str = field(default="query_conditioned_vqa", metadata={"help": "which model to train"})
+    preset: str = field(default="small", metadata={"help": "architecture of a new model"})
+    text_encoder: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub repository of a published text encoder, with its tokenizer"},
+    )
+    vision_encoder: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub repository of a published vision encoder, with its image processor"},
+    )
 
 
 @dataclass
@@ -132,6 +176,33 @@ class QAViTDataArguments:
     split_seed: int = field(default=0, metadata={"help": "seed that chooses the images held out"})
     train_images: int | None = field(default=None, metadata={"help": "learn from so many images only"})
     eval_images: int | None = field(default=None, metadata={"help": "evaluate on so many images only"})
+
+
+@dataclass
+class VQADataArguments:
+    """The questions that QueryConditionedVQA learns to answer."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "easy-vqa, vqa-v2:FOLDER, clevr:FOLDER, scenes (generated), or a folder or Hub data set with "
+            "columns image, question and answers"
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "split to learn from"})
+    eval_split: str = field(default="validation", metadata={"help": "split that chooses the best checkpoint"})
+    validation_size: int = field(
+        default=500, metadata={"help": "images held out of train, where there is no validation split"}
+    )
+    split_seed: int = field(default=0, metadata={"help": "seed that chooses the images held out"})
+    train_questions: int | None = field(
+        default=None, metadata={"help": "learn from so many questions only; default: all, a million of generated ones"}
+    )
+    eval_questions: int = field(default=5000, metadata={"help": "questions to evaluate on, at most"})
+    num_answers: int | None = field(
+        default=None, metadata={"help": "answers that a new model knows: so many, the most frequent; default: all"}
+    )
+    generator_seed: int = field(default=0, metadata={"help": "seed of generated scenes"})
 
 
 def build_image_text_slot(
@@ -205,6 +276,53 @@ def build_qavit(
     return QAViTTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
 
 
+def build_query_conditioned_vqa(
+    model_args: VQAModelArguments, data_args: VQADataArguments, training_args: VQATrainingArguments
+) -> Trainer:
+    """Model, data sets and trainer of QueryConditionedVQA."""
+    if data_args.dataset is None:
+        raise SettingsError("dataset: name what to learn from, e.g. `dataset: easy-vqa`")
+    overrides = cast(dict[str, Any], model_args.config_overrides)
+    source = None if model_args.init_from is None else resolve(model_args.init_from)
+    train: Any
+    evaluation: Any
+    if data_args.dataset == "scenes":
+        sizes = data_args.train_questions or 1_000_000, data_args.eval_questions
+        train, evaluation = (
+            SceneDataset(split, size, data_args.generator_seed)
+            for split, size in zip((data_args.train_split, data_args.eval_split), sizes, strict=True)
+        )
+        answers, samples = list(ANSWERS), [train[row]["question"] for row in range(min(3000, len(train)))]
+    else:
+        train, evaluation = (
+            load_visual_questions(data_args.dataset, split, data_args.validation_size, data_args.split_seed)
+            for split in (data_args.train_split, data_args.eval_split)
+        )
+        train = train.select(range(min(data_args.train_questions or len(train), len(train))))
+        evaluation = evaluation.select(range(min(data_args.eval_questions, len(evaluation))))
+        answers, samples = [], train["question"]
+        if source is None:
+            answers = answer_vocabulary(train, data_args.num_answers, normalize=normalize_answer)
+    if source is None:
+        labels = {"id2label": dict(enumerate(answers)), "label2id": {name: index for index, name in enumerate(answers)}}
+        config = QueryConditionedVQAConfig.from_preset(model_args.preset, **overrides, **labels)
+        model = QueryConditionedVQAModel.from_encoders(config, model_args.text_encoder, model_args.vision_encoder)
+        text, vision = model.config.text_config, model_args.vision_encoder
+        processor = QueryConditionedVQAProcessor(
+            QAViTImageProcessor(size=config.image_size)
+            if vision is None
+            else AutoImageProcessor.from_pretrained(vision),
+            train_question_tokenizer(samples, text.vocab_size, text.max_position_embeddings)
+            if model_args.text_encoder is None
+            else AutoTokenizer.from_pretrained(model_args.text_encoder),
+        )
+    else:
+        model = QueryConditionedVQAModel.from_pretrained(source, dtype="float32", **overrides)
+        processor = QueryConditionedVQAProcessor.from_pretrained(source)
+    model.set_attn_implementation(model_args.attn_implementation)
+    return VQATrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
+
+
 def channel_statistics(data: Dataset, images: int = 2000) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of red, green and blue, in [0, 1], over the pixels of some images."""
     chosen = data.shuffle(seed=0).select(range(min(images, len(data))))["pixel_values"]
@@ -239,6 +357,9 @@ class Recipe:
 RECIPES = {
     "image_text_slot": Recipe(ModelArguments, ImageTextSlotDataArguments, SlotTrainingArguments, build_image_text_slot),
     "qavit": Recipe(QAViTModelArguments, QAViTDataArguments, QAViTTrainingArguments, build_qavit),
+    "query_conditioned_vqa": Recipe(
+        VQAModelArguments, VQADataArguments, VQATrainingArguments, build_query_conditioned_vqa
+    ),
 }
 
 
