@@ -56,6 +56,25 @@ class QueryConditionedVQAOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class QueryConditionedEncoderOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: patches after the last layer, `(questions, kept patches, hidden_size)`.
+        query: what was looked for at last, and what was seen, `(questions, hidden_size)`.
+        kept: the patches that the later layers saw, `(questions, kept patches)`; None: all.
+        relevance, word_attention, hidden_states, attentions: as `QueryConditionedVQAOutput` has them.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    relevance: torch.Tensor | None = None
+    word_attention: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """The encoder of a configuration, without the pooling layer that some have and nothing here would train."""
     if isinstance(config, BackboneConfigMixin):
@@ -263,10 +282,6 @@ class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the losses are means of their own
     _no_split_modules = ["QueryConditionedLayer", "StackedAttentionLayer"]
     _supports_sdpa = True  # flash attention takes no mask
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(QueryConditionedLayer, index=0),
-        "attentions": OutputRecorder(JointAttention, index=1),
-    }
     no_weight_decay = ("tokens", "cls_token", "position_embeddings")  # of encoders; read by regard's trainers
     backbone_modules = ("text_model", "vision_model")  # likewise
 
@@ -284,6 +299,58 @@ class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
             init.constant_(module.evidence_gate.bias, -4.0)  # few patches are evidence
 
 
+class QueryConditionedEncoder(QueryConditionedVQAPreTrainedModel):
+    """The layers in which the question looks."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(QueryConditionedLayer, index=0),
+        "attentions": OutputRecorder(JointAttention, index=1),
+    }
+
+    def __init__(self, config: QueryConditionedVQAConfig):
+        super().__init__(config)
+        layer_class = QueryConditionedLayer if config.conditioning == "words" else StackedAttentionLayer
+        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_layers)])
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        patches: torch.Tensor,
+        words: torch.Tensor,
+        word_mask: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> QueryConditionedEncoderOutput:
+        """
+        Args:
+            patches: `(questions, patches, hidden_size)`.
+            words: `(questions, words, hidden_size)`.
+            word_mask, patch_mask: True where there is one, `(questions, words)` and `(questions, patches)`.
+        """
+        weights = word_mask[..., None].to(words.dtype)
+        query = (words * weights).sum(1) / weights.sum(1).clamp(min=1)
+        kept, relevances, attentions = None, [], []
+        for layer in self.layers:
+            patches, query, relevance, chosen = layer(patches, query, words, word_mask, patch_mask)
+            everywhere = relevance
+            if kept is not None:
+                everywhere = torch.zeros_like(relevances[0]).scatter(1, kept, relevance)
+            elif self.config.keep_patches is not None and len(self.layers) > 1:
+                kept = relevance.topk(min(self.config.keep_patches, relevance.shape[1]), sorted=False).indices
+                patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+                patch_mask = None if patch_mask is None else patch_mask.gather(1, kept)
+            relevances.append(everywhere)
+            attentions.append(chosen)
+        return QueryConditionedEncoderOutput(
+            last_hidden_state=patches,
+            query=query,
+            kept=kept,
+            relevance=torch.stack(relevances, dim=1),
+            word_attention=torch.stack(attentions, dim=1),
+        )
+
+
 class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
     """Questions about images to answers, with where each layer looked."""
 
@@ -297,8 +364,7 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         channels = self.vision_model.channels[-1] if backbone else config.vision_config.hidden_size
         self.patch_norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.vision_proj = nn.Linear(channels, size)
-        layer_class = QueryConditionedLayer if config.conditioning == "words" else StackedAttentionLayer
-        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_layers)])
+        self.encoder = QueryConditionedEncoder(config)
         self.head = AnswerHead(config)
         self.post_init()
 
@@ -338,7 +404,6 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         return self.vision_proj(self.patch_norm(features)) + positions.to(features.dtype)
 
     @can_return_tuple
-    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -376,28 +441,20 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         words = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         words, word_mask = self.text_proj(words), attention_mask.bool()
-        weights = word_mask[..., None].to(words.dtype)
-        query = (words * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-        kept, relevances, attentions = None, [], []
-        for layer in self.layers:
-            patches, query, relevance, chosen = layer(patches, query, words, word_mask, patch_mask)
-            everywhere = relevance
-            if kept is not None:
-                everywhere = relevance.new_zeros(relevances[0].shape).scatter(1, kept, relevance)
-            elif self.config.keep_patches is not None and len(self.layers) > 1:
-                kept = relevance.topk(min(self.config.keep_patches, relevance.shape[1]), sorted=False).indices
-                patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
-                patch_mask = None if patch_mask is None else patch_mask.gather(1, kept)
-            relevances.append(everywhere)
-            attentions.append(chosen)
-        logits = self.head(patches, query, relevance, patch_mask)
+        seen: Any = self.encoder(patches, words, word_mask, patch_mask, **kwargs)
+        relevance = seen.relevance[:, -1]
+        if seen.kept is not None:
+            relevance = relevance.gather(1, seen.kept)
+            patch_mask = None if patch_mask is None else patch_mask.gather(1, seen.kept)
+        logits = self.head(seen.last_hidden_state, seen.query, relevance, patch_mask)
         return QueryConditionedVQAOutput(
-            **self._losses(logits, relevances[-1], labels, relevance_targets),
+            **self._losses(logits, seen.relevance[:, -1], labels, relevance_targets),
             logits=logits,
-            relevance=torch.stack(relevances, dim=1),
-            word_attention=torch.stack(attentions, dim=1),
+            relevance=seen.relevance,
+            word_attention=seen.word_attention,
             image_features=image_features,
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
         )
 
     def _by_question(
