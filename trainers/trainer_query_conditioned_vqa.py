@@ -101,13 +101,9 @@ class VQACollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values`, `input_ids`, `attention_mask`, `image_index`; `labels` `(questions, num_labels)`, the score
         of each answer; `relevance_targets` `(questions, patches)` where any row has boxes."""
-        images: list[Image.Image] = []
-        index: list[int] = []
-        for _, group in groupby(enumerate(rows), lambda item: item[1].get("image_id", item[0])):
-            members = [row for _, row in group]
-            index += [len(images)] * len(members)
-            image = as_image(members[0]["pixel_values"])
-            images.append(Image.new("RGB", image.size, "gray") if self.blind else image)
+        images, index = distinct_images(rows)
+        if self.blind:
+            images = [Image.new("RGB", image.size, "gray") for image in images]
         inputs = self.processor(
             images=images, text=[row["question"] for row in rows], image_index=index, return_tensors="pt"
         ).data
@@ -117,11 +113,22 @@ class VQACollator:
                 if answer in self.label2id:
                     labels[number, self.label2id[answer]] = score
         inputs["labels"] = labels
-        boxes = [in_shares(row.get("boxes") or (), images[image]) for image, row in zip(index, rows, strict=True)]
+        boxes = boxes_in_shares(rows, images, index)
         if any(boxes):
             maps = np.stack([boxes_to_map(some, *self.grid) for some in boxes])
             inputs["relevance_targets"] = torch.from_numpy(maps).float().flatten(1)
         return inputs
+
+
+def distinct_images(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Image.Image], list[int]]:
+    """The images of rows, each once, and for each row the number of its image; only neighbours share one."""
+    images: list[Image.Image] = []
+    index: list[int] = []
+    for _, group in groupby(enumerate(rows), lambda item: item[1].get("image_id", item[0])):
+        members = [row for _, row in group]
+        index += [len(images)] * len(members)
+        images.append(as_image(members[0]["pixel_values"]))
+    return images, index
 
 
 def as_image(stored: Any) -> Image.Image:
@@ -131,11 +138,16 @@ def as_image(stored: Any) -> Image.Image:
     return stored if isinstance(stored, Image.Image) else open_image(stored)
 
 
-def in_shares(boxes: Sequence[Sequence[float]], image: Image.Image) -> list[list[float]]:
-    """Boxes in pixels of an image as shares of its sides, cut at its edges."""
-    width, height = image.size
+def boxes_in_shares(
+    rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], index: Sequence[int]
+) -> list[list[list[float]]]:
+    """The boxes of each row, in pixels of its image, as shares of the image's sides, cut at its edges."""
     return [
-        [min(max(edge / side, 0.0), 1.0) for edge, side in zip(box, (width, height) * 2, strict=True)] for box in boxes
+        [
+            [min(max(edge / side, 0.0), 1.0) for edge, side in zip(box, images[image].size * 2, strict=True)]
+            for box in row.get("boxes") or ()
+        ]
+        for row, image in zip(rows, index, strict=True)
     ]
 
 

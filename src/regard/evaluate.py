@@ -24,6 +24,8 @@ from regard.cli import Worker, complain, progress_bar, quiet_transformers
 from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
+from regard.evaluate_questions import COLUMNS as QUESTION_COLUMNS
+from regard.evaluate_questions import Asker, choose_questions, score_asker
 from regard.hub import CheckpointError, find_verb
 from regard.metrics.image_classification.image_classification import ImageClassification
 from regard.metrics.text_recognition.text_recognition import TextRecognition
@@ -55,7 +57,12 @@ def run(options: argparse.Namespace) -> int:
     quiet_transformers()
     try:
         settings = options.model, options.device, options.threads, options.batch_size
-        if find_verb(options.model) == "classify":
+        verb = find_verb(options.model)
+        if verb == "ask":
+            split = options.split or DEFAULT_SPLIT
+            data_sets, columns = choose_questions(options, split), QUESTION_COLUMNS
+            score = partial(score_asker, Asker(*settings))
+        elif verb == "classify":
             classifier = Classifier(*settings)
             data_sets, columns = choose_labelled_images(options, classifier.names), CLASSIFIER_COLUMNS
             score, split = partial(score_classifier, classifier), options.split or DEFAULT_SPLIT
@@ -219,8 +226,8 @@ def format_table(results: Mapping[str, Mapping[str, Any]], columns: Mapping[str,
     """One row a data set, and below each, where texts are of several lengths in characters, its rows by length."""
     rows = [["", *(title for title, _ in columns.values())]]
     for name, metrics in results.items():
-        by_length = metrics.get("by_length", {})
-        parts = {name: metrics} | {f"  {length}": part for length, part in by_length.items() if len(by_length) > 1}
+        finer = metrics.get("by_length") or metrics.get("by_type") or {}
+        parts = {name: metrics} | {f"  {title}": part for title, part in finer.items() if len(finer) > 1}
         rows += [
             [title, *(form.format(part[key]) for key, (_, form) in columns.items())] for title, part in parts.items()
         ]
