@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def choose_questions(options: argparse.Namespace, split: str) -> dict[str, Any]:
     """
     if options.tiers or not options.dataset:
         raise ValueError(
-            f"{options.model} answers questions: name some by --dataset (easy-vqa, scenes, vqa-v2:FOLDER, clevr:FOLDER, "
-            "or a folder or Hub data set with columns image, question and answers); --tiers are texts"
+            f"{options.model} answers questions: name some by --dataset (easy-vqa, scenes, vqa-v2:FOLDER, "
+            "clevr:FOLDER, or a folder or Hub data set with columns image, question and answers); --tiers are texts"
         )
     if options.dataset == "scenes":
         return {"scenes": SceneDataset(split, options.images or QUESTIONS, options.seed)}
