@@ -383,6 +383,7 @@ class _Writer:
     def __init__(self, rng: random.Random, graph: Mapping[str, Any], margin: float):
         self.rng, self.graph, self.margin = rng, graph, margin
         self.objects: Sequence[Mapping[str, Any]] = graph["objects"]
+        self.descriptions: dict[tuple[int, str], list[dict[str, str]]] = {}
 
     def write(self, kind: str) -> _Question | None:
         """A question of a type, if one is found. What is asked and the answer come first, so that none is usual."""
@@ -527,13 +528,14 @@ class _Writer:
 
     def _describe(self, index: int, without: str = "") -> dict[str, str] | None:
         """A description that fits an object alone, rather short, without one of the attributes."""
-        names = [name for name in ATTRIBUTES if name != without]
-        parts = [part for count in range(1, len(names) + 1) for part in itertools.combinations(names, count)]
-        for part in sorted(parts, key=lambda part: len(part) + 1.5 * self.rng.random()):
-            description = self._part(index, part)
-            if self._fitting(description) == [index]:
-                return description
-        return None
+        if (index, without) not in self.descriptions:
+            names = [name for name in ATTRIBUTES if name != without]
+            parts = [part for count in range(1, len(names) + 1) for part in itertools.combinations(names, count)]
+            descriptions = [self._part(index, part) for part in parts]
+            alone = [description for description in descriptions if self._fitting(description) == [index]]
+            self.descriptions[index, without] = alone
+        alone = self.descriptions[index, without]
+        return min(alone, key=lambda description: len(description) + 1.5 * self.rng.random(), default=None)
 
     def _reference(self, index: int, relation: str, others: Sequence[int]) -> dict[str, str] | None:
         """A description of an object, unless it is in doubt on which side of it one of the others is."""

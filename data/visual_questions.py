@@ -116,7 +116,7 @@ def answer_vocabulary(
         min_count: how often an answer must have been given.
         normalize: makes answers equal that mean the same.
     """
-    counts = Counter(normalize(answer) for answers in dataset["answers"] for answer in answers)
+    counts = Counter(normalize(answer) for answers in dataset["answers"][:] for answer in answers)
     kept = [answer for answer, count in counts.items() if count >= min_count]
     return sorted(kept, key=lambda answer: (-counts[answer], answer))[:size]
 
@@ -199,7 +199,7 @@ def _load_easy_vqa(_: Path, split: str) -> tuple[Dataset, bool]:
     def rows(content: Any) -> Iterable[dict[str, Any]]:
         for question, answer, number in content:
             kind = "yes/no" if answer in ("yes", "no") else "shape" if answer in _EASY_VQA_SHAPES else "color"
-            yield _row(folder / "images" / f"{number}.png", number, question, [answer], kind)
+            yield _row(f"{folder}/images/{number}.png", number, question, [answer], kind)
 
     return _existing(_read_json(folder / "questions.json", _EASY_VQA_FETCH, rows), _EASY_VQA_FETCH), split != "test"
 
@@ -220,7 +220,7 @@ def _load_vqa_v2(folder: Path, split: str) -> tuple[Dataset, bool]:
         for entry in content["questions"]:
             number = entry["image_id"]
             answers, kind = ([], "") if split == "test" else annotations[entry["question_id"]]
-            yield _row(folder / part / f"COCO_{part}_{number:012}.jpg", number, entry["question"], answers, kind)
+            yield _row(f"{folder}/{part}/COCO_{part}_{number:012}.jpg", number, entry["question"], answers, kind)
 
     path = folder / f"v2_OpenEnded_mscoco_{part}_questions.json"
     return _existing(_read_json(path, fetch, rows), fetch), False
@@ -249,7 +249,7 @@ def _load_clevr(folder: Path, split: str) -> tuple[Dataset, bool]:
                 scene = scenes[name]
                 meant = entry["referred_objects"] if "referred_objects" in entry else run_program(program, scene)[1]
                 boxes = [scene["objects"][index]["bbox"] for index in meant]
-            image = folder / "images" / part / name
+            image = f"{folder}/images/{part}/{name}"
             yield _row(image, entry["image_index"], entry["question"], answers, kind, boxes)
 
     path = folder / "questions" / f"CLEVR_{part}_questions.json"
@@ -265,7 +265,7 @@ _NAMED = {"easy-vqa": _load_easy_vqa, "vqa-v2": _load_vqa_v2, "clevr": _load_cle
 
 
 def _row(
-    image: Path,
+    image: str,
     number: int,
     question: str,
     answers: list[str],
@@ -273,7 +273,7 @@ def _row(
     boxes: Sequence[Sequence[float]] = (),
 ) -> dict[str, Any]:
     return {
-        "pixel_values": str(image),
+        "pixel_values": image,
         "image_id": str(number),
         "question": question,
         "answers": answers,
@@ -356,34 +356,37 @@ def _choose_columns(dataset: Dataset, columns: dict[str, str]) -> Dataset:
             )
     own = {name: column for name, column in columns.items() if column}
     dataset = dataset.select_columns(sorted(set(own.values()))).cast_column(own["pixel_values"], Image(decode=False))
-    names, kept = {}, []
-    for index, image in enumerate(dataset[own["pixel_values"]]):
-        if name := _name_of(image):
-            names[index] = name
-            kept.append(index)
-        else:
-            logger.warning("left out: %s: no such file", (image or {}).get("path") or f"the image of question {index}")
+    names = [_name_of(image) for image in dataset[own["pixel_values"]]]
+    kept = [index for index, name in enumerate(names) if name]
     if not kept:
         raise FileNotFoundError(f"none of the images of {len(dataset)} questions is there")
-    dataset = dataset.select(kept)
-    ids = dataset[own["image_id"]][:] if "image_id" in own else list(names.values())
-    answers = dataset[own["answers"]][:] if "answers" in own else [None] * len(dataset)
-    classes = features[own["answers"]] if "answers" in own else None
+    missing = (index for index, name in enumerate(names) if not name)
+    for lost in dict.fromkeys(_lost(index, dataset[index][own["pixel_values"]]) for index in missing):
+        logger.warning("left out: %s", lost)
+
+    def column(name: str) -> list[Any]:
+        return dataset[own[name]][:] if name in own else [None] * len(dataset)
+
+    answers, classes = column("answers"), features.get(own.get("answers", ""))
     if isinstance(classes, ClassLabel):
         answers = [None if answer is None or answer < 0 else classes.int2str(answer) for answer in answers]
-    types = dataset[own["question_type"]][:] if "question_type" in own else [None] * len(dataset)
-    boxes = dataset[own["boxes"]][:] if "boxes" in own else [None] * len(dataset)
-    chosen = dataset.select_columns([own["pixel_values"], own["question"]])
-    chosen = chosen.rename_columns({own[name]: name for name in ("pixel_values", "question") if own[name] != name})
     added = {
-        "image_id": [str(value) for value in ids],
+        "image_id": [str(value) for value in (column("image_id") if "image_id" in own else names)],
+        "question": column("question"),
         "answers": [_answers(value) for value in answers],
-        "question_type": [value or "" for value in types],
-        "boxes": [value or [] for value in boxes],
+        "question_type": [value or "" for value in column("question_type")],
+        "boxes": [value or [] for value in column("boxes")],
     }
+    chosen = dataset.select_columns([own["pixel_values"]])
+    if own["pixel_values"] != "pixel_values":
+        chosen = chosen.rename_column(own["pixel_values"], "pixel_values")
     for name, values in added.items():
         chosen = chosen.add_column(name, values, feature=FEATURES[name])
-    return chosen.select_columns(list(FEATURES)).cast(FEATURES)
+    return chosen.select(kept)
+
+
+def _lost(index: int, image: Mapping[str, Any] | None) -> str:
+    return f"{image['path']}: no such file" if image and image["path"] else f"question {index}: it has no image"
 
 
 def _name_of(image: Mapping[str, Any] | None) -> str:
@@ -392,8 +395,8 @@ def _name_of(image: Mapping[str, Any] | None) -> str:
         return ""
     if image["bytes"] is not None:
         return hashlib.sha1(image["bytes"], usedforsecurity=False).hexdigest()
-    remote = "://" in image["path"]  # inside an archive, or on the Hub
-    return image["path"] if remote or os.path.isfile(image["path"]) else ""
+    path = image["path"] or ""
+    return path if "://" in path or os.path.isfile(path) else ""  # an address is inside an archive, or on the Hub
 
 
 def _answers(value: Any) -> list[str]:
@@ -411,7 +414,7 @@ def _answers(value: Any) -> list[str]:
 
 def _group_by_image(dataset: Dataset) -> Dataset:
     first: dict[str, int] = {}
-    places = [first.setdefault(name, len(first)) for name in dataset["image_id"]]
+    places = [first.setdefault(name, len(first)) for name in dataset["image_id"][:]]
     order = sorted(range(len(places)), key=places.__getitem__)
     return dataset if places == sorted(places) else dataset.select(order)
 

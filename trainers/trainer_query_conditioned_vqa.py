@@ -184,7 +184,7 @@ def group_by_image(dataset: Any) -> list[list[int]]:
     if "image_id" not in (getattr(dataset, "column_names", None) or ()):
         return [[row] for row in range(len(dataset))]
     groups: dict[Any, list[int]] = {}
-    for row, image in enumerate(dataset["image_id"]):
+    for row, image in enumerate(dataset["image_id"][:]):
         groups.setdefault(image, []).append(row)
     return list(groups.values())
 
