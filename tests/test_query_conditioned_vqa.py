@@ -10,11 +10,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTModel
 
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
-from regard.modeling.modeling_query_conditioned_vqa import (
-    QueryConditionedVQAModel,
-    RelevanceScore,
-    masked_softmax,
-)
+from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
+from regard.modeling.query_conditioned_layers import RelevanceScore, masked_softmax
 
 
 def make_model(**changes) -> QueryConditionedVQAModel:
