@@ -7,8 +7,8 @@ ViLT of the same size, the prior of the questions alone, and whether the maps me
 
 `cost`: one thread, batch 1, processor time, all in one run and in turns, the median of the rounds. Its accuracies,
 by which `keep_patches` would be chosen, are of the validation split. `prior`: the most frequent training answer to
-the very same question, and over all questions, on the test split. `maps`: pointing accuracy, chance, deletion and insertion on
-the test split, on questions with boxes, for each model and for random maps.
+the very same question, and over all questions, on the test split. `maps`: pointing accuracy, chance, deletion and
+insertion on the test split, on questions with boxes, for each model and for random maps.
 
 Prints Markdown and writes benchmarks/results/ask_{cost,prior,maps}.json and docs/ask_{cost,maps}.png.
 """
