@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BertTokenizer
 
-from regard import QueryConditionedVQAModel
+from regard import QueryConditionedVQAConfig, QueryConditionedVQAModel
 from regard.panels import shorten
 from regard.visualize import load_font
 from regard.visualize_question import draw_answer, explain, join_words, visualize
@@ -80,6 +80,25 @@ def test_what_is_explained_is_what_the_model_did(model, processor):
             np.testing.assert_allclose(result["word_attention"].sum(1), 1, atol=1e-5)
     with pytest.raises(ValueError, match=r"model\.eval"):
         explain(QueryConditionedVQAModel(model.config).train(), processor, image, questions)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep_patches": 5},
+        {"conditioning": "vector", "num_layers": 3},
+        {"vision_config": {"model_type": "vit", "image_size": 20, "patch_size": 5, "hidden_size": 12}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_kind_of_model_is_explained(processor, changes):
+    config = QueryConditionedVQAConfig.from_preset("micro", num_labels=4, **changes)
+    half: Any = QueryConditionedVQAModel(config).eval()
+    half.to(torch.bfloat16)
+    (result,) = explain(half, processor, Image.effect_noise((50, 30), 80), ["is it red?"])
+    side = 4 if "vision_config" in changes else 5
+    assert result["relevance"].shape == (config.num_layers, side, side)
+    assert draw_answer(Image.new("L", (50, 30)), result).width < 1300
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (600, 3), (3, 600), (2000, 1500)])

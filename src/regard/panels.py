@@ -11,7 +11,7 @@ from regard.processing.image_io import to_grey_or_rgb
 from regard.visualize import FAINT, INK, load_font
 
 MARGIN, PANEL, LISTS, LINE = 16, 232, 288, 20  # pixels
-_NAMES = 112
+_BAR, _PERCENT = 122, 54
 _FRAME, _TRACK = (208, 213, 219), (236, 239, 242)
 # From little to much attention: dark violet, red, orange, pale yellow. Lightness grows evenly, so grey print keeps it.
 _HEAT = np.array([(22, 11, 57), (87, 16, 110), (152, 40, 103), (209, 65, 73), (243, 125, 21), (252, 225, 130)])
@@ -51,18 +51,22 @@ def heat_colour(share: np.ndarray) -> np.ndarray:
 
 
 def draw_bars(
-    draw: ImageDraw.ImageDraw, place: tuple[int, int], title: str, entries: Sequence[tuple[str, float, Any]]
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    title: str,
+    entries: Sequence[tuple[str, float, Any]],
+    width: int = LISTS,
 ) -> int:
     """A title and, for each (label, value in [0, 1], colour), a line with a bar; returns where they end."""
     x, y = place
+    start = x + width - _PERCENT - _BAR
     draw.text((x, y + LINE // 2), title, font=load_font(14), fill=INK, anchor="lm")
     for index, (label, value, colour) in enumerate(entries, start=1):
         middle = y + index * (LINE + 2) + LINE // 2
-        draw.text((x, middle), shorten(label, _NAMES - 8), font=load_font(13), fill=INK, anchor="lm")
-        start, length = x + _NAMES, LISTS - _NAMES - 54
-        draw.rectangle((start, middle - 5, start + length, middle + 5), fill=_TRACK)
-        draw.rectangle((start, middle - 5, start + round(length * value), middle + 5), fill=colour)
-        draw.text((x + LISTS, middle), f"{100 * value:.1f} %", font=load_font(13), fill=INK, anchor="rm")
+        draw.text((x, middle), shorten(label, start - x - 8), font=load_font(13), fill=INK, anchor="lm")
+        draw.rectangle((start, middle - 5, start + _BAR, middle + 5), fill=_TRACK)
+        draw.rectangle((start, middle - 5, start + round(_BAR * value), middle + 5), fill=colour)
+        draw.text((x + width, middle), f"{100 * value:.1f} %", font=load_font(13), fill=INK, anchor="rm")
     return y + (len(entries) + 1) * (LINE + 2)
 
 

@@ -29,7 +29,7 @@ from regard.processing.image_io import open_image
 from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
 from regard.visualize import INK, PAPER, confidence_colour, load_font
 
-_COLUMNS = 3, 5  # panels side by side, at least and at most
+_COLUMNS = 5  # panels side by side, at most
 _LAYER, _CHIP = 64, 22  # width of a layer's name, height of a word
 
 
@@ -144,7 +144,7 @@ def draw_answer(image: Image.Image, result: Mapping[str, Any]) -> Image.Image:
     panels.append(("All layers", heat(shown, even * result["rolled_up"])))
     panels.append(("All layers, for the answer", heat(shown, even * result["gradient"])))
 
-    columns = min(max(len(panels), _COLUMNS[0]), _COLUMNS[1])
+    columns = min(len(panels), _COLUMNS)
     width = MARGIN + columns * (PANEL + MARGIN)
     chips = [shorten(word, PANEL) for word in result["words"]]
     places, lines = _flow([load_font(14).getlength(chip) + 12 for chip in chips], width - 2 * MARGIN - _LAYER)
@@ -158,7 +158,7 @@ def draw_answer(image: Image.Image, result: Mapping[str, Any]) -> Image.Image:
     question = shorten(result["question"], width - 2 * MARGIN, 18)
     draw.text((MARGIN, MARGIN + LINE // 2), question, font=load_font(18), fill=INK, anchor="lm")
     answers = [(entry["answer"], entry["score"], confidence_colour(entry["score"])) for entry in result["answers"]]
-    draw_bars(draw, (MARGIN, MARGIN + 2 * LINE), "Answers", answers)
+    draw_bars(draw, (MARGIN, MARGIN + 2 * LINE), "Answers", answers, width=2 * PANEL + MARGIN)
     draw_scale(draw, (width - MARGIN - LISTS, MARGIN + 2 * LINE), "Share of a place, or of a word")
     for index, (title, panel) in enumerate(panels):
         row, column = divmod(index, columns)
