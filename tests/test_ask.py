@@ -145,7 +145,7 @@ def test_an_image_where_a_question_should_be_is_named(ask, folder, capsys):
     assert ask(folder / "a/one.png", folder / "a/two.png", "is it red?") == 2
     error = capsys.readouterr().err
     assert f"regard: {folder / 'a/two.png'}: an image where a question should be; put several" in error
-    assert ask(folder / "a/one.png", "what is in two.png?", "nowhere.png") == 0
+    assert ask(folder / "a/one.png", "what is in two.png?", "nowhere.png", "what? " * 99 + ".png") == 0
 
 
 def test_bad_files_are_named_and_the_others_answered(ask, folder, capsys, tmp_path):

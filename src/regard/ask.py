@@ -1,6 +1,7 @@
 """`regard ask`: images and questions to answers. Its arguments stand in `regard_cli`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _DRAWN = 3  # answers in a picture, at least
 def run(options: argparse.Namespace) -> int:
     """Run `regard ask` and return its exit code."""
     for question in options.questions:  # as in `regard ask *.png "what is it?"`
-        if Path(question).suffix.lower() in IMAGE_SUFFIXES and Path(question).is_file():
+        if Path(question).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(question):
             complain(f"{question}: an image where a question should be; put several images into a folder, and name it")
             return EXIT_FAILED
     return run_on_images(
