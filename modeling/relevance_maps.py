@@ -46,10 +46,15 @@ def gradient_relevance(model: QueryConditionedVQAModel, **inputs) -> torch.Tenso
     if model.training:
         raise ValueError("the model is in training mode, in which its relevance is noisy: call model.eval() first")
     relevances: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: relevances.append(output[2])) for layer in model.layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: relevances.append(output[2]))
+        for layer in model.encoder.layers
+    ]
     # Also frozen models must give gradients, and none need reach the image encoder.
     hooks.append(
-        model.layers[0].register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
+        model.encoder.layers[0].register_forward_pre_hook(
+            lambda _, args: (args[0].detach().requires_grad_(), *args[1:])
+        )
     )
     try:
         with torch.enable_grad():

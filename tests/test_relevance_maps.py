@@ -14,7 +14,7 @@ def make_model(**config) -> QueryConditionedVQAModel:
     torch.manual_seed(0)
     model = QueryConditionedVQAModel(QueryConditionedVQAConfig.from_preset("micro", num_labels=4, **config)).eval()
     with torch.no_grad():
-        for layer in model.layers:  # open the gates, so that everything bears on the answer
+        for layer in model.encoder.layers:  # open the gates, so that everything bears on the answer
             for name, parameter in layer.named_parameters():
                 if name.endswith("gate"):
                     parameter.fill_(0.5)
@@ -107,13 +107,13 @@ def test_nothing_of_the_model_changes(inputs):
     torch.testing.assert_close(gradient_relevance(model, **inputs), frozen)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.layers)
     assert inputs == given
     features = {**inputs, "pixel_values": None, "image_features": model.encode_image(inputs["pixel_values"])}
     torch.testing.assert_close(gradient_relevance(model, **features), frozen)
     with pytest.raises(ValueError, match="Give input_ids"):
         gradient_relevance(model, input_ids=inputs["input_ids"])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.encoder.layers)
     with pytest.raises(ValueError, match=r"model\.eval"):
         gradient_relevance(model.train(), **inputs)
 
