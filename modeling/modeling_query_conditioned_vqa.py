@@ -25,6 +25,7 @@ from regard.configuration.configuration_query_conditioned_vqa import QueryCondit
 from regard.modeling.layers import sinusoidal_positions_2d
 from regard.modeling.query_conditioned_layers import (
     AnswerHead,
+    EvidenceGate,
     JointAttention,
     QueryConditionedLayer,
     StackedAttentionLayer,
@@ -121,8 +122,8 @@ class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.word_gate)
         elif isinstance(module, QueryConditionedLayer):
             init.zeros_(module.relevance_gate)
-        elif isinstance(module, AnswerHead) and module.evidence_gate is not None:
-            init.constant_(module.evidence_gate.bias, -4.0)  # few patches are evidence
+        if isinstance(module, EvidenceGate):
+            init.constant_(module.bias, -4.0)
 
 
 class QueryConditionedEncoder(QueryConditionedVQAPreTrainedModel):

@@ -152,6 +152,13 @@ def test_attentions_and_hidden_states_on_request():
     assert plain.hidden_states is None
 
 
+def test_few_patches_are_evidence_at_first():
+    model = make_model()
+    assert model.head.evidence_gate.bias.eq(-4).all()
+    assert model.head.evidence_gate(torch.zeros(1, 32)).sigmoid().max() < 0.02
+    assert make_model(conditioning="vector").head.evidence_gate is None
+
+
 # Any encoder.
 
 
