@@ -12,8 +12,8 @@ Tile = tuple[int, int, int, int]
 
 
 def split_tiles(width: int, height: int, overlap: float = 0.125) -> list[Tile]:
-    """Two by two tiles of equal size that cover the image, `(x0, y0, x1, y1)` in pixels from its top left corner, row by
-    row. A side that is too short to be cut stays whole, so that there may be two tiles, or one.
+    """Two by two tiles of equal size that cover the image, `(x0, y0, x1, y1)` in pixels from its top left corner, row
+    by row. A side that is too short to be cut stays whole, so that there may be two tiles, or one.
 
     Args:
         width, height: size of the image in pixels.

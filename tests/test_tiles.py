@@ -128,12 +128,12 @@ def naive_merge(tiles, points, scores, radius):
 
 
 @given(st.data(), st.sampled_from([0.5, 1.5, 3.0, 8.0]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_against_a_naive_merge(data, radius):
     """Points on a coarse grid, so that many distances and scores are equal."""
     tiles = split_tiles(15, 15)
     point, score = st.tuples(st.integers(0, 7), st.integers(0, 7)), st.sampled_from([0.25, 0.5, 0.75])
-    found = [data.draw(st.lists(st.tuples(point, score), max_size=5)) for _ in tiles]
+    found = [data.draw(st.lists(st.tuples(point, score), max_size=4)) for _ in tiles]
     points = [[[float(x), float(y)] for (x, y), _ in sample] for sample in found]
     scores = [[value for _, value in sample] for sample in found]
     assert merge(tiles, points, scores, radius) == naive_merge(tiles, points, scores, radius)
