@@ -1,7 +1,7 @@
 """Generated scenes of emoji to be counted: how many of a named category there are, and where.
 
 Row `i` of an [`EmojiSceneDataset`] is a pure function of its seed, split, settings and `i` (given the font installed).
-`emoji_scenes.json` lists the categories: 282 emoji that stay distinguishable at 14 pixels, each with its English short
+`emoji_scenes.json` lists the categories: 282 emoji chosen to be told apart when small, each with its English short
 name (Unicode CLDR), a plain noun, the singulars and plurals it is asked for by (see `emoji_names.py`), its split (about
 60, 20 and 20 % of animals, plants, food, vehicles, objects and symbols) and its family of look-alikes. A family is in
 one split, so that nothing like a test category is trained on, and a scene has one category of a family, so that what
@@ -61,8 +61,8 @@ class EmojiSceneDataset(Dataset):
     The category is asked for by its short name or plain noun, singular or plural, at random ("cat face", "cat faces",
     "cat", "cats") in the train split, and by the plural of its noun ("cats") in the others.
 
-    Objects are 10 to 48 pixels large in an image of 224, the smaller the more there are, turned by up to 30 degrees,
-    and slightly vary in brightness and colour. They may overlap: of the pixels of each object at least `MIN_VISIBLE`
+    Objects are 10 to 48 pixels long in an image of 224, the shorter the more there are, turned by up to 30 degrees, and
+    slightly vary in brightness and colour. They may overlap: of the pixels of each object at least `MIN_VISIBLE`
     are not covered by others, and the centres of two are at least 0.4 of the sum of their sizes apart. Up to three
     other categories stand among them, and at least one where what is asked for is absent (both within
     `max_distractors`). The ground is plain, a gradient, noise, clouds, or a pattern of stripes or checks.
