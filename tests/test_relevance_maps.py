@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import QueryConditionedVQAConfig, QueryConditionedVQAModel
-from regard.modeling import modeling_query_conditioned_vqa as modeling
+from regard.modeling import query_conditioned_layers as modeling
 from regard.modeling.relevance_maps import gradient_relevance, patch_grid, roll_up
 
 

@@ -226,7 +226,8 @@ class VQATrainer(RegardTrainer):
 
     def __init__(self, model, args: VQATrainingArguments, processing_class: QueryConditionedVQAProcessor, **kwargs):
         grid = grid_of(model, processing_class)
-        kwargs.setdefault("data_collator", VQACollator(processing_class, model.config.label2id, grid, args.blind))
+        label2id = {name: index for index, name in model.config.id2label.items()}
+        kwargs.setdefault("data_collator", VQACollator(processing_class, label2id, grid, args.blind))
         kwargs.setdefault("compute_metrics", score)
         self.frozen = [parse_frozen(item, model.backbone_modules) for item in args.frozen]
         for name, start, end in self.frozen:

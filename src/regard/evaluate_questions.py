@@ -60,8 +60,9 @@ class Asker:
         self.model = network
         config: Any = self.model.config
         self.answers: list[str] = [config.id2label[index] for index in range(len(config.id2label))]
+        label2id = {name: index for index, name in enumerate(self.answers)}
         self.grid = grid_of(self.model, processor)
-        self.collate = VQACollator(processor, config.label2id, self.grid)
+        self.collate = VQACollator(processor, label2id, self.grid)
         self.batch_size = batch_size
 
 
