@@ -1,7 +1,8 @@
 """Draws the images of this folder and their `metadata.jsonl`: `python samples/make_samples.py`.
 
 Four are of the test split of `regard.data.rendered_text`, four are drawn here in the manner of photographs and screens,
-in fonts of the test split. `clothes/` holds an image of each class of Fashion-MNIST's test set.
+in fonts of the test split. `clothes/` holds an image of each class of Fashion-MNIST's test set, `shapes/` and `scenes/`
+images to ask about.
 """
 
 import json
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from regard.data.fashion_mnist import load_fashion_mnist
 from regard.data.rendered_text import FONTS_TABLE, RenderedTextDataset, _find_fonts, _fonts_dirs
+from regard.data.scenes import SceneDataset
 
 FOLDER = Path(__file__).parent
 GENERATED = {"line": ("line", 28), "block": ("block", 21), "noisy": ("noisy", 28), "light_on_dark": ("block", 22)}
@@ -79,8 +81,32 @@ def clothes() -> None:
         data[labels.index(label)]["pixel_values"].save(FOLDER / "clothes" / file_name, optimize=True)
 
 
+def shapes() -> None:
+    """One shape on a pale ground, as in easy-VQA."""
+    (FOLDER / "shapes").mkdir(exist_ok=True)
+    for name, ground, color, corners in (
+        ("triangle", (242, 236, 250), "blue", [(22, 40), (34, 16), (46, 40)]),
+        ("circle", (238, 250, 240), "red", [(8, 30), (30, 52)]),
+        ("rectangle", (250, 246, 236), "teal", [(30, 8), (54, 24)]),
+    ):
+        image = Image.new("RGB", (64, 64), ground)
+        draw = ImageDraw.Draw(image)
+        {"triangle": draw.polygon, "circle": draw.ellipse, "rectangle": draw.rectangle}[name](corners, fill=color)
+        image.save(FOLDER / "shapes" / f"{name}.png", optimize=True)
+
+
+def scenes() -> None:
+    """Two generated scenes of the test split."""
+    (FOLDER / "scenes").mkdir(exist_ok=True)
+    data = SceneDataset("test", 20, seed=2026)
+    for number in range(2):
+        data[10 * number]["pixel_values"].save(FOLDER / "scenes" / f"{number + 1}.png", optimize=True)
+
+
 def main() -> None:
     clothes()
+    shapes()
+    scenes()
     rows = []
     for name, (tier, index) in GENERATED.items():
         sample = RenderedTextDataset("test", tier, seed=2026)[index]
