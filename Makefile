@@ -13,7 +13,7 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## create .venv with regard in it
 
-demo: $(VENV)/.installed ## read and classify the sample images, and draw what was seen where
+demo: $(VENV)/.installed ## read, classify and ask about the sample images, and draw what was seen where
 	@echo "Reading the images of samples/ with the model that comes with regard:"
 	@echo
 	@$(BIN)/regard read samples/*.png samples/*.jpg --draw demo/read
@@ -22,9 +22,13 @@ demo: $(VENV)/.installed ## read and classify the sample images, and draw what w
 	@echo
 	@$(BIN)/regard classify samples/clothes --draw demo/classify
 	@echo
+	@echo "Asking a third about the images of samples/shapes/:"
+	@echo
+	@$(BIN)/regard ask samples/shapes "what shape is in the image?" "what color is the shape?" "is there a circle?" --draw demo/ask
+	@echo
 	@echo "demo/ holds a picture for each: the image, and beside it where the model looked and what it found there:"
 	@find demo -name '*.png' | sort | sed 's/^/  /'
-	@echo "Your own: $(BIN)/regard read IMAGE, $(BIN)/regard classify IMAGE    More: $(BIN)/regard --help"
+	@echo "Your own: $(BIN)/regard read IMAGE, $(BIN)/regard classify IMAGE, $(BIN)/regard ask IMAGE QUESTION    More: $(BIN)/regard --help"
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

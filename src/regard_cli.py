@@ -97,11 +97,14 @@ examples:
 
 TRAIN_EPILOG = """\
 CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win over the file:
-  model: image_text_slot            which model to train: image_text_slot reads, qavit classifies
+  model: image_text_slot            which model to train: image_text_slot reads, qavit classifies,
+                                    query_conditioned_vqa answers questions
   preset: 5m                        its size; or init_from: FOLDER to go on from a checkpoint
   dataset: my-images/               your data, or a data set of the Hub; to read: a folder with images and
                                     metadata.jsonl or metadata.csv, with columns pixel_values and text, default:
-                                    generated texts; to classify: a folder with one of images for each class
+                                    generated texts; to classify: a folder with one of images for each class; to
+                                    answer: easy-vqa, scenes (generated), vqa-v2:FOLDER, clevr:FOLDER, or columns
+                                    image, question and answers
   output_dir: runs/mine
   learning_rate: 3.0e-4             and every other argument of transformers' Trainer
   resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
@@ -124,11 +127,16 @@ Of a classifier, prints loss, top-1 and top-5 accuracy, and the time its network
 a folder FOLDER/CLASS/IMAGE or FOLDER/SPLIT/CLASS/IMAGE, fashion-mnist, cifar-10:PATH, cifar-100:PATH, or a data set of
 the Hub. The data's classes must be among the model's, by name.
 
+Of a model that answers questions, prints the accuracy, that of the same questions about another image and about none,
+and how often it points at what is asked about and how much it looks there, by type of question. It needs --dataset:
+easy-vqa, scenes, vqa-v2:FOLDER, clevr:FOLDER, or a folder or data set of the Hub with columns image, question, answers.
+
 examples:
   regard evaluate image-text-slot-5m
   regard evaluate runs/mine --tiers line,noisy --images 200 --output results.json
   regard evaluate runs/mine --dataset my-images/ --split test
-  regard evaluate qavit-tiny-fashion-mnist --dataset fashion-mnist"""
+  regard evaluate qavit-tiny-fashion-mnist --dataset fashion-mnist
+  regard evaluate query-conditioned-vqa-easy --dataset easy-vqa"""
 
 
 def positive(text: str) -> int:

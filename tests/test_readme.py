@@ -28,7 +28,7 @@ def test_python_runs(code: str, root: Path, tmp_path: Path, monkeypatch: pytest.
 def test_commands_parse():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [command for command in commands if command and command[0] == "regard"]
-    assert {command[1] for command in commands} == {"read", "classify", "train", "evaluate"}
+    assert {command[1] for command in commands} == {"read", "classify", "ask", "train", "evaluate"}
     for command in commands:
         words = command[1 : command.index(">")] if ">" in command else command[1:]
         build_parser().parse_args(words[:1] if words[0] == "train" else words)
@@ -54,6 +54,8 @@ def test_settings_are_accepted(tmp_path: Path):
         "my-photos/",
         100,
     )
+    model_args, data_args, training_args = parsed["query_conditioned_vqa"]
+    assert (model_args.preset, data_args.num_answers, training_args.frozen) == ("base", 3000, ["vision=0:0.5"])
 
 
 def test_links_lead_somewhere(root: Path):
