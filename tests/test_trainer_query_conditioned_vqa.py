@@ -277,7 +277,7 @@ def test_settings_that_are_refused(base, capsys):
         parse_settings([*flags(base), "--config_overrides", json.dumps({"smell": 1})])
 
 
-@pytest.mark.parametrize("name", ["query_conditioned_vqa_easy"])
+@pytest.mark.parametrize("name", ["query_conditioned_vqa_easy", "query_conditioned_vqa_scenes"])
 def test_the_recipes_are_understood(root, name):
     recipe, model_args, data_args, training_args = parse_settings([str(root / "trainers" / "configs" / f"{name}.yaml")])
     assert recipe.training_arguments is VQATrainingArguments
