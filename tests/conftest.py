@@ -25,8 +25,12 @@ from regard import (
     QAViTConfig,
     QAViTForImageClassification,
     QAViTImageProcessor,
+    QueryConditionedVQAConfig,
+    QueryConditionedVQAModel,
+    QueryConditionedVQAProcessor,
     build_byte_tokenizer,
 )
+from regard.processing.tokenization_question import train_question_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +61,19 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         QAViTForImageClassification(config).save_pretrained(folder)
     QAViTImageProcessor(size=config.image_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny untrained QueryConditionedVQA, in which a QAViT sees, and its processor."""
+    folder = tmp_path_factory.mktemp("tiny-vqa")
+    config = QueryConditionedVQAConfig.from_preset("micro", id2label=dict(enumerate(("yes", "no", "red", "two"))))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        QueryConditionedVQAModel(config).save_pretrained(folder)
+    tokenizer = train_question_tokenizer(["what is it?", "is it red?"], vocab_size=60)
+    QueryConditionedVQAProcessor(QAViTImageProcessor(size=config.image_size), tokenizer).save_pretrained(folder)
     return folder
 
 
