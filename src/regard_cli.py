@@ -110,8 +110,8 @@ examples:
 
 
 EXPORT_EPILOG = """\
-DIR gets weights, configuration, processor, card and figures, byte for byte, and nothing else that lies in MODEL, such as
-optimizer states. The names of the files appear on standard output.
+DIR gets weights, configuration, processor, card and figures, byte for byte, and nothing else that lies in MODEL, such
+as optimizer states. The names of the files appear on standard output.
 
 --with-code adds exactly those files of regard that the model needs, so that whoever has transformers, but not regard,
 loads it with trust_remote_code=True: AutoModel, AutoProcessor and pipeline then work as with regard. Where regard is
@@ -128,8 +128,8 @@ examples:
   regard export OWNER/NAME here/             a copy of a Hub repository's model"""
 
 PUSH_EPILOG = """\
-The repository is made if it is not there, public unless --private. It gets what `regard export MODEL DIR` would write, as
-one commit; other files in it stay. If the upload breaks off, the repository is as before: repeat the command.
+The repository is made if it is not there, public unless --private. It gets what `regard export MODEL DIR` would write,
+as one commit; other files in it stay. If the upload breaks off, the repository is as before: repeat the command.
 
 You need a token that may write: `hf auth login` once, or the environment variable HF_TOKEN. The address of the commit
 appears on standard output; `from_pretrained("OWNER/NAME", revision=COMMIT)` always loads these very weights.

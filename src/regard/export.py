@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -168,7 +169,9 @@ def _flatten(module: str) -> tuple[str, list[str]]:
         if not any(f"{name}.".startswith(_PACKAGE) for name in names):
             continue
         if isinstance(node, ast.Import) or _find(names[0]).name == "__init__.py":
-            raise ExportError(f"{path}:{node.lineno}: write `from regard.folder.file import name`, which can be laid flat")
+            raise ExportError(
+                f"{path}:{node.lineno}: write `from regard.folder.file import name`, which can be laid flat"
+            )
         line = lines[node.lineno - 1]
         head, tail = line[: node.col_offset], line[node.col_offset :]
         lines[node.lineno - 1] = head + tail.replace(names[0], f".{_leaf(names[0])}", 1)
@@ -205,7 +208,7 @@ def _is_own(cls: type) -> bool:
 
 def _model_classes(config: PreTrainedConfig) -> dict[str, type]:
     """The model classes for a configuration, by the name of the Auto class that gives them."""
-    mappings = {auto_class.__name__: auto_class._model_mapping for auto_class in _MODEL_CLASSES}
+    mappings: dict[str, Any] = {auto_class.__name__: auto_class._model_mapping for auto_class in _MODEL_CLASSES}
     return {name: mapping[type(config)] for name, mapping in mappings.items() if type(config) in mapping}
 
 
@@ -222,9 +225,9 @@ def _registered_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _pipeline(config: PreTrainedConfig) -> tuple[str, dict[str, Any]] | None:
     """The task of regard that a model is for, and its entry in the registry."""
-    task = _TASKS.get(config.model_type)
+    task = _TASKS.get(config.model_type, "")
     entry = PIPELINE_REGISTRY.supported_tasks.get(task)
-    return (task, entry) if task and entry and _is_own(entry["impl"]) else None
+    return (task, entry) if entry and _is_own(entry["impl"]) else None
 
 
 def _parts(processor: ProcessorMixin | BaseImageProcessor) -> list[type]:
@@ -276,7 +279,9 @@ def _code_of(config: PreTrainedConfig, parts: list[type], name: str | None = Non
     code = collect_code(classes)
     for part in registered.values():
         models = _model_classes(part)
-        code[_file(type(config))] += _REGISTER_CONFIG.format(type=part.model_type, config=type(part).__name__, imports=_imports([type(part)]))
+        code[_file(type(config))] += _REGISTER_CONFIG.format(
+            type=part.model_type, config=type(part).__name__, imports=_imports([type(part)])
+        )
         registrations = "".join(
             f'{name}.register(CONFIG_MAPPING["{part.model_type}"], {cls.__name__}, exist_ok=True)\n'
             for name, cls in models.items()
@@ -327,7 +332,10 @@ def _add_code(folder: Path, config: PreTrainedConfig, code: dict[str, str]):
     _write_json(path, json.loads(path.read_text(encoding="utf-8")) | settings)
     for path, data in _processor_files(folder):
         for entry in _entries(data):
-            for auto_class, key in (("AutoProcessor", "processor_class"), ("AutoImageProcessor", "image_processor_type")):
+            for auto_class, key in (
+                ("AutoProcessor", "processor_class"),
+                ("AutoImageProcessor", "image_processor_type"),
+            ):
                 if entry.get(key) in regard.__all__:
                     entry["auto_map"] = {auto_class: _reference(getattr(regard, entry[key]))}
         _write_json(path, data)
@@ -346,5 +354,5 @@ def _new_folder(folder: str | Path) -> Iterator[Path]:
         if any(place.iterdir()):
             raise ExportError(f"{folder}: not empty; name a new folder")
         yield place
-    except OSError as error:
-        raise ExportError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{folder}: cannot be written ({error}); choose another place") from error

@@ -39,8 +39,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         model: see `regard.hub.resolve`. Of a Hub repository the weights are not downloaded.
 
     Returns:
-        "place", "model type", "verb", "parameters", "dtype", "image size" and "size on disk" as text, and "figures": for
-        each data set the measured figures by name, from evaluation.json, or else from the card's metadata.
+        "place", "model type", "verb", "parameters", "dtype", "image size" and "size on disk" as text, and "figures":
+        for each data set the measured figures by name, from evaluation.json, or else from the card's metadata.
 
     Raises:
         CheckpointError: there is no such model, or its configuration cannot be loaded.

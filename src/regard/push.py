@@ -92,7 +92,7 @@ def push_checkpoint(
             raise PushError(f"{repository}: refused ({reason}); {mend}") from error
         except OfflineModeIsEnabled as error:
             raise PushError(f"{repository}: HF_HUB_OFFLINE is set; unset it to push") from error
-        except (HTTPError, OSError) as error:
-            raise PushError(
-                f"{repository}: not pushed ({error or type(error).__name__}); check the network and repeat the command"
-            ) from error
+        except (HTTPError, OSError, RuntimeError) as error:  # the last wraps what breaks a large file's upload off
+            cause = error.__cause__ or error
+            reason = str(cause) or type(cause).__name__
+            raise PushError(f"{repository}: not pushed ({reason}); check the network and repeat the command") from error
