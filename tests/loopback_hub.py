@@ -5,7 +5,7 @@ A repository is written by whoever has its owner's token, and read by anybody, o
 
 ```python
 with LoopbackHub(tokens={"hf_test": "me"}) as hub:
-    subprocess.run(command, env=hub.environment(home, token="hf_test"))
+    subprocess.run(command, env=hub.environment(home, HF_TOKEN="hf_test"))
 ```
 """
 
@@ -97,11 +97,11 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, home: Path, token: str | None = None, **more: str) -> dict[str, str]:
-        """Variables of a process whose client uses this server, and keeps its cache and token in `home`."""
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """Variables of a process whose client uses this server, and keeps its cache in `home`."""
         ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         other = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return {**other, **ours, **({"HF_TOKEN": token} if token else {}), **more}
+        return {**other, **ours, **more}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -291,7 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
         for path, file in files.items():
             sizes = {"size": len(file.content), "blobId": file.oid} if "blobs" in self.query else {}
             siblings.append({"rfilename": path, **sizes})
-        return {"id": repo, "modelId": repo, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []}
+        return {
+            "id": repo,
+            "modelId": repo,
+            "sha": sha,
+            "private": repository.private,
+            "siblings": siblings,
+            "tags": [],
+        }
 
     def tree(self, repo: str, revision: str, folder: str | None = None):
         _, files = self._repository(repo).find(revision)
