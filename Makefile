@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read bench-classify train-read train-classify fonts clean
+.PHONY: help install demo test check format bench-read bench-classify bench-ask train-read train-classify train-ask fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,15 @@ bench-read: $(VENV)/.installed-bench ## measure reading beside other readers
 bench-classify: $(VENV)/.installed-bench $(VENV)/.installed-timm ## measure classifying beside timm's models, and without each of its parts
 	$(BIN)/python benchmarks/classify.py peers $(BENCH_ARGS)
 	$(BIN)/python benchmarks/classify.py ablations $(BENCH_ARGS)
+
+bench-ask: $(VENV)/.installed-bench ## measure answering: what questions cost, what is known without the image, what the maps mean
+	$(BIN)/python benchmarks/ask.py cost $(BENCH_ARGS)
+	$(BIN)/python benchmarks/ask.py prior
+	$(BIN)/python benchmarks/ask.py maps $(BENCH_ARGS)
+
+train-ask: $(VENV)/.installed-dev ## train query-conditioned-vqa-easy again, or go on where it stopped (TRAIN_ARGS: flags)
+	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/query_conditioned_vqa_easy.yaml $(TRAIN_ARGS)
 
 train-classify: $(VENV)/.installed-dev ## train qavit-tiny-fashion-mnist again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 
 from regard.data.image_classification import SPLITS
@@ -36,6 +38,7 @@ VQA_ADDRESS = "https://visualqa.org/download.html"
 CLEVR_ADDRESS = "https://cs.stanford.edu/people/jcjohns/clevr/"
 _EASY_VQA_FETCH = "install it by `pip install --force-reinstall easy-vqa`"
 _EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
+_EASY_VQA_CONTRAST = 40  # how far a shape differs from the background, of 255
 _VQA_PARTS = {"train": "train2014", "validation": "val2014", "test": "test2015"}
 _CLEVR_PARTS = {"train": "train", "validation": "val", "test": "test"}
 _CLEVR_COMPARISONS = ("equal_integer", "less_than", "greater_than")
@@ -69,8 +72,9 @@ def load_visual_questions(
       "color"; CLEVR: the question's own "question_type" where it has one (see `regard.data.scenes.write_clevr`), or
       else the last function of its program, with "compare_integer" for those that compare numbers; "" where unknown;
     - `boxes`: list of `[x0, y0, x1, y1]`, in pixels of the image as it is stored, of the objects that the question
-      refers to; empty where unknown. Only scenes in CLEVR's format whose objects have a "bbox" have them; the objects
-      are the question's "referred_objects" where it has these, or else what `run_program` finds.
+      refers to; empty where unknown. easy-VQA's one shape is found by its pixels. Of scenes in CLEVR's format those
+      have them whose objects have a "bbox"; the objects are the question's "referred_objects" where it has these, or
+      else what `run_program` finds.
 
     Questions whose image is missing are left out, with one logged warning for each image, which names the file.
 
@@ -197,11 +201,24 @@ def _load_easy_vqa(_: Path, split: str) -> tuple[Dataset, bool]:
     folder = Path(found.origin).parent / "data" / ("test" if split == "test" else "train")
 
     def rows(content: Any) -> Iterable[dict[str, Any]]:
+        boxes: dict[str, list[int]] = {}
         for question, answer, number in content:
             kind = "yes/no" if answer in ("yes", "no") else "shape" if answer in _EASY_VQA_SHAPES else "color"
-            yield _row(f"{folder}/images/{number}.png", number, question, [answer], kind)
+            image = f"{folder}/images/{number}.png"
+            if image not in boxes and Path(image).is_file():
+                boxes[image] = _box_of_shape(image)
+            yield _row(image, number, question, [answer], kind, [boxes[image]] if image in boxes else [])
 
     return _existing(_read_json(folder / "questions.json", _EASY_VQA_FETCH, rows), _EASY_VQA_FETCH), split != "test"
+
+
+def _box_of_shape(path: str) -> list[int]:
+    """`[x0, y0, x1, y1]` of the one shape in an image of easy-VQA: what differs from the pale background."""
+    with PIL.Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
+    colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    rows, columns = np.nonzero(np.abs(pixels - colors[counts.argmax()]).max(2) > _EASY_VQA_CONTRAST)
+    return [int(edge) for edge in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
 
 
 def _load_vqa_v2(folder: Path, split: str) -> tuple[Dataset, bool]:

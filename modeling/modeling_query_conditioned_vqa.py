@@ -10,7 +10,7 @@ encoded without the question, so that many questions of one image cost one encod
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from regard.configuration.configuration_query_conditioned_vqa import QueryCondit
 from regard.modeling.layers import sinusoidal_positions_2d
 from regard.modeling.query_conditioned_layers import (
     AnswerHead,
+    EvidenceGate,
     JointAttention,
     QueryConditionedLayer,
     StackedAttentionLayer,
@@ -121,8 +122,8 @@ class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.word_gate)
         elif isinstance(module, QueryConditionedLayer):
             init.zeros_(module.relevance_gate)
-        elif isinstance(module, AnswerHead) and module.evidence_gate is not None:
-            init.constant_(module.evidence_gate.bias, -4.0)  # few patches are evidence
+        if isinstance(module, EvidenceGate):
+            init.constant_(module.bias, -4.0)
 
 
 class QueryConditionedEncoder(QueryConditionedVQAPreTrainedModel):
@@ -182,12 +183,12 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
 
     def __init__(self, config: QueryConditionedVQAConfig):
         super().__init__(config)
-        self.text_model = build_encoder(config.text_config)
-        self.vision_model = build_encoder(config.vision_config)
-        size = config.hidden_size
-        self.text_proj = nn.Linear(config.text_config.hidden_size, size)
-        backbone = isinstance(config.vision_config, BackboneConfigMixin)
-        channels = self.vision_model.channels[-1] if backbone else config.vision_config.hidden_size
+        text, vision, size = cast(Any, config.text_config), cast(Any, config.vision_config), config.hidden_size
+        self.text_model = build_encoder(text)
+        self.vision_model = build_encoder(vision)
+        self.text_proj = nn.Linear(text.hidden_size, size)
+        is_backbone = isinstance(vision, BackboneConfigMixin)
+        channels: Any = cast(Any, self.vision_model).channels[-1] if is_backbone else vision.hidden_size
         self.patch_norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.vision_proj = nn.Linear(channels, size)
         self.encoder = QueryConditionedEncoder(config)

@@ -153,6 +153,10 @@ class StackedAttentionLayer(GradientCheckpointingLayer):
         return patches, query, relevance, word_mask / word_mask.sum(-1, keepdim=True)
 
 
+class EvidenceGate(nn.Linear):
+    """Which patches are evidence; starts nearly closed, because few are."""
+
+
 class AnswerHead(nn.Module):
     """Query, what it last looked at, and a sum over all patches that bear on it -> logits.
 
@@ -164,7 +168,7 @@ class AnswerHead(nn.Module):
         size = config.hidden_size
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         counts = config.conditioning == "words"
-        self.evidence_gate = nn.Linear(size, config.num_attention_heads) if counts else None
+        self.evidence_gate = EvidenceGate(size, config.num_attention_heads) if counts else None
         self.evidence = nn.Linear(size, size) if counts else None
         self.fusion = nn.Linear((2 + counts) * size, size)
         self.fusion_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -189,6 +193,7 @@ class AnswerHead(nn.Module):
 
 __all__ = [
     "AnswerHead",
+    "EvidenceGate",
     "JointAttention",
     "QueryConditionedLayer",
     "RelevanceScore",

@@ -1,22 +1,16 @@
 """The task "text-recognition": images in, text with a confidence and a place for every character out."""
 
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers.pipelines.base import Pipeline
 
+from regard.pipelines.processor_pipeline import ProcessorPipeline, image_of
 from regard.processing.image_io import open_image
 
-IMAGE_COLUMNS = ("pixel_values", "image")
 
-
-class TextRecognitionPipeline(Pipeline):
+class TextRecognitionPipeline(ProcessorPipeline):
     """Reads the text of images with a model that has `read`, such as `ImageTextSlotModel`.
 
     ```python
@@ -30,22 +24,10 @@ class TextRecognitionPipeline(Pipeline):
     Half-precision weights are computed in float32 on a CPU, where half precision is slower and coarser.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.processor is None:
-            raise ValueError(
-                "TextRecognitionPipeline needs a processor: give processor=AutoProcessor.from_pretrained(folder), "
-                'or build it by pipeline("text-recognition", model=folder)'
-            )
         if not callable(getattr(self.model, "read", None)):
             raise ValueError(f"{type(self.model).__name__} has no read method; use a model such as ImageTextSlotModel")
-        if self.device.type == "cpu" and self.dtype in (torch.float16, torch.bfloat16):
-            self.model.float()
 
     def _sanitize_parameters(self, max_slots: int | None = None):
         if max_slots is not None and max_slots < 2:
@@ -71,23 +53,11 @@ class TextRecognitionPipeline(Pipeline):
         Raises:
             regard.processing.image_io.ImageReadError: an image cannot be read; the message names the file.
         """
-        if isinstance(inputs, tuple):
-            inputs = list(inputs)
-        if isinstance(inputs, list):
-            return super().__call__(inputs, **kwargs) if inputs else []
-        single = (str, bytes, os.PathLike, dict, Image.Image, np.ndarray, torch.Tensor)
-        if isinstance(inputs, (*single, torch.utils.data.Dataset)):  # the base class streams a torch data set
-            return super().__call__(inputs, **kwargs)
-        if isinstance(inputs, Iterable):
-            return super().__call__(_generator(inputs), **kwargs)
-        raise TypeError(f"an image is a path, bytes, an address, a PIL image or an array, not {type(inputs).__name__}")
+        return super().__call__(inputs, **kwargs)
 
     def preprocess(self, input_: Any) -> dict[str, Any]:
         if isinstance(input_, dict):
-            column = next((column for column in IMAGE_COLUMNS if column in input_), None)
-            if column is None:
-                raise ValueError(f"a row must hold an image in {' or '.join(IMAGE_COLUMNS)}, but has {sorted(input_)}")
-            input_ = input_[column]
+            input_ = image_of(input_)
         image = input_ if isinstance(input_, (np.ndarray, torch.Tensor)) else open_image(input_)
         images = self.processor.image_processor.to_grey_images(image)
         if len(images) != 1:
@@ -107,19 +77,6 @@ class TextRecognitionPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
         sizes = [tuple(model_outputs["image_size"])]
         return self.processor.post_process(SimpleNamespace(**model_outputs), image_sizes=sizes)[0]
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save model and processor into one folder, which `pipeline("text-recognition", model=folder)` loads.
-
-        Nothing that runs is written: the stock method would copy this file there, and the folder would then load with
-        `trust_remote_code=True` only.
-        """
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
-
-
-def _generator(images: Iterable) -> Iterator:
-    yield from images
 
 
 __all__ = ["TextRecognitionPipeline"]

@@ -20,6 +20,7 @@ examples:
   regard read scans/ --json > scans.jsonl    a folder, one JSON object a line
   regard read scans/ --draw seen/            also draw each character where the model looked
   regard classify photo.jpg                  print what the image shows, with probabilities
+  regard ask photo.jpg "what colour is it?"  answer questions about an image
   regard train my.yaml                       train a model; my.yaml names model, data and settings
   regard evaluate my-model --dataset mine/   measure a model on labelled images
   regard info my-model                       say what a model is and how good it was measured to be
@@ -71,6 +72,30 @@ examples:
   regard classify shoe.jpg --top-k 5
   regard classify photos/ --csv --output photos.csv
   regard classify photos/ --model runs/mine --draw seen/"""
+)
+
+ASK_EPILOG = (
+    """\
+The first argument is the image, or a folder of them; each of the others is a question, in quotes. However many there
+are, each image is looked at once. The model knows the answers that it was trained on, and gives those that suit best.
+
+output:
+  one question  its answer: "red  93.1 %"
+  several       each question, and under it its answer
+  a folder      "==> PATH <==" and the answers of each image, as head(1) prints several files
+  --json        one object a line: {"path", "questions": [{"question", "answers": [{"answer", "score"}]}]}, score a
+                probability
+  --csv         path, question, rank, answer, score, with a header line; a row for each answer
+"""
+    + STREAMS_AND_CODES
+    + """
+--draw shows, for each question, where each layer of the model looked, where all did, where of that it spoke for the
+answer, and for which words.
+
+examples:
+  regard ask photo.jpg "what colour is the car?" --top-k 3
+  regard ask photo.jpg "how many cars are there?" "is it raining?" --draw seen/
+  regard ask photos/ "is there a car?" --csv --output cars.csv"""
 )
 
 TRAIN_EPILOG = """\
@@ -169,6 +194,15 @@ def positive(text: str) -> int:
     return value
 
 
+def question(text: str) -> str:
+    """An argument that must say something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a question is empty; ask something, such as 'what colour is it?'")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python marks bytes that are not
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; set the terminal to it")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each sets `run`, the "module:function" that does it and returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -189,9 +223,10 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
         return verb
 
-    def add_images(verb: argparse.ArgumentParser, draw: str):
+    def add_images(verb: argparse.ArgumentParser, draw: str, several: bool = True):
+        images = "image files or addresses" if several else "an image file or address"
         verb.add_argument(
-            "images", nargs="+", metavar="IMAGE|FOLDER", help="image files or addresses; folders are searched"
+            "images", nargs="+" if several else 1, metavar="IMAGE|FOLDER", help=f"{images}; folders are searched"
         )
         verb.add_argument(
             "--model",
@@ -223,6 +258,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-k", type=positive, default=3, metavar="N", help="classes to tell, from the most probable (default: 3)"
     )
     add_computing(classify, 32)
+
+    ask = add_verb("ask", "regard.ask:run", "answer questions about images", ASK_EPILOG)
+    add_images(ask, "save each image to DIR with its answers and where the model looked", several=False)
+    ask.add_argument("questions", nargs="+", type=question, metavar="QUESTION", help="what to ask of each image")
+    ask.add_argument(
+        "--top-k", type=positive, default=1, metavar="N", help="answers to tell, from the most probable (default: 1)"
+    )
+    add_computing(ask, 16)
 
     train = add_verb(
         "train",

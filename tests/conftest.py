@@ -66,13 +66,15 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny untrained QueryConditionedVQA, in which a QAViT sees, and its processor."""
+    """A folder with a tiny untrained QueryConditionedVQA of six answers and its processor."""
     folder = tmp_path_factory.mktemp("tiny-vqa")
-    config = QueryConditionedVQAConfig.from_preset("micro", id2label=dict(enumerate(("yes", "no", "red", "two"))))
+    answers = ("yes", "no", "red", "blue", "two", "a very long answer")
+    config = QueryConditionedVQAConfig.from_preset("micro", id2label=dict(enumerate(answers)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         QueryConditionedVQAModel(config).save_pretrained(folder)
-    tokenizer = train_question_tokenizer(["what is it?", "is it red?"], vocab_size=60)
+    questions = ["what colour is it?", "is it red?", "how many are there?"]
+    tokenizer = train_question_tokenizer(questions, vocab_size=80, model_max_length=32)
     QueryConditionedVQAProcessor(QAViTImageProcessor(size=config.image_size), tokenizer).save_pretrained(folder)
     return folder
 

@@ -94,11 +94,16 @@ def test_bad_files_are_named_and_the_others_classified(classify, folder, capsys)
     assert f"regard: {folder / 'a/empty.png'}: empty" in captured.err
 
 
-def test_every_verb_refuses_the_others_models(folder, tiny_checkpoint, tiny_classifier, capsys):
+def test_every_verb_refuses_the_others_models(folder, tiny_checkpoint, tiny_classifier, tiny_vqa, capsys):
     assert main(["classify", str(folder), "--model", str(tiny_checkpoint)]) == 2
     assert "a image_text_slot model does not classify images; name another" in capsys.readouterr().err
     assert main(["read", str(folder), "--model", str(tiny_classifier)]) == 2
     assert "a qavit model does not read text; name another" in capsys.readouterr().err
+    assert main(["ask", str(folder), "what?", "--model", str(tiny_classifier)]) == 2
+    assert "a qavit model does not answer questions; name another" in capsys.readouterr().err
+    for verb, task in (("read", "read text"), ("classify", "classify images")):
+        assert main([verb, str(folder), "--model", str(tiny_vqa)]) == 2
+        assert f"a query_conditioned_vqa model does not {task}; name another" in capsys.readouterr().err
 
 
 def test_drawings_show_where_it_looked(classify, folder, tmp_path, capsys):

@@ -30,6 +30,7 @@ def make_inputs(images: int = 3, questions: int | None = None, words: int = 5, s
 
 def open_gates(model: QueryConditionedVQAModel) -> QueryConditionedVQAModel:
     """As after some training: words and relevance reach the patches."""
+    layer: Any
     for layer in model.encoder.layers:
         nn.init.ones_(layer.attention.word_gate)
         nn.init.ones_(layer.relevance_gate)
@@ -129,7 +130,7 @@ def test_masked_patches_are_not_looked_at_and_all_masked_gives_numbers():
 @torch.no_grad()
 def test_patches_see_the_image_alone_while_the_gates_are_closed():
     torch.manual_seed(0)
-    attention = make_model(attn_implementation="eager").encoder.layers[0].attention
+    attention: Any = make_model(attn_implementation="eager").encoder.layers[0].attention
     patches, words = torch.randn(1, 25, 32), torch.randn(1, 4, 32)
     output, weights = attention(patches, words, None)
     value = attention._split_heads(attention.v_proj(patches))
@@ -149,6 +150,13 @@ def test_attentions_and_hidden_states_on_request():
     plain = make_model()(**make_inputs())
     assert plain.attentions is None
     assert plain.hidden_states is None
+
+
+def test_few_patches_are_evidence_at_first():
+    model = make_model()
+    assert model.head.evidence_gate.bias.eq(-4).all()
+    assert model.head.evidence_gate(torch.zeros(1, 32)).sigmoid().max() < 0.02
+    assert make_model(conditioning="vector").head.evidence_gate is None
 
 
 # Any encoder.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from regard.trainers.trainer_query_conditioned_vqa import (
     VQATrainingArguments,
     grid_of,
     group_by_image,
+    move_maps,
     parse_frozen,
 )
 
@@ -48,7 +50,7 @@ def make_processor() -> QueryConditionedVQAProcessor:
     return QueryConditionedVQAProcessor(QAViTImageProcessor(size=20), train_question_tokenizer(QUESTIONS, 80))
 
 
-def make_trainer(folder: Path, rows=None, **arguments) -> VQATrainer:
+def make_trainer(folder: Path, rows=None, **arguments) -> Any:
     torch.manual_seed(0)
     labels = {"id2label": dict(enumerate(ANSWERS)), "label2id": {name: i for i, name in enumerate(ANSWERS)}}
     defaults = {
@@ -189,24 +191,38 @@ def test_plans_that_are_refused(item):
         parse_frozen(item, ("text_model", "vision_model"))
 
 
-def test_images_with_boxes_are_not_moved(tmp_path):
-    trainer = make_trainer(tmp_path, augment_shift=0.1, max_steps=1)
-    with pytest.raises(ValueError, match="away from their boxes"):
-        trainer.train()
-
-
-def test_augmentation_changes_training_images_only(tmp_path):
-    rows = [{**row, "boxes": []} for row in make_rows(8)]
+def test_augmentation_moves_training_images_and_where_to_look(tmp_path):
+    rows = make_rows(8)
     trainer = make_trainer(tmp_path, rows, augment_flip=True, augment_shift=0.2)
     seen = []
-    trainer.model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     inputs = trainer.data_collator(rows)
     trainer.model.train()
     trainer.compute_loss(trainer.model, dict(inputs))
     trainer.model.eval()
     trainer.compute_loss(trainer.model, dict(inputs))
-    assert not torch.allclose(seen[0], inputs["pixel_values"])
-    assert torch.equal(seen[1], inputs["pixel_values"])
+    changed, same = seen
+    assert not torch.allclose(changed["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(same["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(same["relevance_targets"], inputs["relevance_targets"])
+    # The square is what is not white: where it is, the map is.
+    dark = (changed["pixel_values"].amin(1) < 0.5).float()[inputs["image_index"]]
+    cells = torch.nn.functional.adaptive_avg_pool2d(dark, (5, 5)).flatten(1)
+    maps = changed["relevance_targets"]
+    torch.testing.assert_close(maps.sum(1), torch.ones(16))
+    assert (maps * (cells > 0)).sum(1).min() > 0.6
+    assert (maps - inputs["relevance_targets"]).abs().sum(1).max() > 0.5
+
+
+def test_maps_follow_their_images_exactly_by_whole_cells():
+    maps = torch.zeros(2, 2, 4)
+    maps[0, 0, 0] = maps[1, 1, 2] = 1.0
+    x = torch.linspace(-0.875, 0.875, 8).expand(8, 8)
+    y = torch.linspace(-0.875, 0.875, 8)[:, None].expand(8, 8)
+    moved = move_maps(maps, torch.stack((torch.stack((-x, y)), torch.stack((x + 0.5, y)))))
+    expected = torch.zeros(2, 2, 4)
+    expected[0, 0, 3] = expected[1, 1, 1] = 1.0  # mirrored; shifted by a cell
+    torch.testing.assert_close(moved, expected)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -44,7 +44,8 @@ def test_easy_vqa_is_read_whole():
         assert set(dataset["question_type"][:]) == {"shape", "color", "yes/no"}
     row = dict(test[0])
     assert open_stored(row.pop("pixel_values")).size == (64, 64)
-    expected = {"question": "what is the red shape?", "answers": ["triangle"], "question_type": "shape", "boxes": []}
+    expected = {"question": "what is the red shape?", "answers": ["triangle"], "question_type": "shape"}
+    expected["boxes"] = [[2.0, 43.0, 14.0, 54.0]]  # the shape, found by its pixels
     assert row == {"image_id": "0", **expected}
     assert answer_vocabulary(train)[:2] == ["yes", "no"]
     assert len(answer_vocabulary(train)) == 13

@@ -114,9 +114,9 @@ class RegardTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and (self.args.muon_learning_rate or self.args.backbone_learning_rate is not None):
-            model = self.model if model is None else model
-            groups = self.parameter_groups(model)
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            network: Any = self.model if model is None else model
+            groups = self.parameter_groups(network)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, network)
             if self.args.muon_learning_rate:
                 self.optimizer = MuonWithOptimizer(
                     groups, lambda others: optimizer_class(others, **kwargs), self.args.muon_learning_rate

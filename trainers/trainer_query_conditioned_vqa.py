@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
@@ -189,6 +190,29 @@ def group_by_image(dataset: Any) -> list[list[int]]:
     return list(groups.values())
 
 
+def move_images(images: torch.Tensor, flip: bool, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `(batch, channels, height, width)`, moved as `augment_images` does, and for each of their pixels the place
+    it came from, `(batch, 2, height, width)`: x and y from -1 to 1."""
+    batch, channels, height, width = images.shape
+    places = torch.stack(
+        torch.meshgrid(
+            torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device),
+            torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device),
+            indexing="xy",
+        )
+    ).expand(batch, -1, -1, -1)
+    moved = augment_images(torch.cat((images, places.to(images.dtype)), dim=1), flip, shift)
+    return moved[:, :channels], moved[:, channels:]
+
+
+def move_maps(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Maps `(batch, rows, columns)` that follow their images, which took their pixels from `places`; each sums to 1, or
+    to 0 where it did or what it marked has left the image."""
+    where = nn.functional.interpolate(places, maps.shape[1:], mode="area").permute(0, 2, 3, 1)
+    moved = nn.functional.grid_sample(maps[:, None], where.to(maps.dtype), align_corners=False).squeeze(1)
+    return moved / moved.sum((1, 2), keepdim=True).clamp(min=1e-6)
+
+
 class VQATrainer(RegardTrainer):
     """Trainer of `QueryConditionedVQAModel`.
 
@@ -229,15 +253,19 @@ class VQATrainer(RegardTrainer):
         if model.training:
             for name in self.frozen_now():  # dropout and the statistics of norms stand still too
                 self.accelerator.unwrap_model(model).get_submodule(name).eval()
-        if model.training and (self.args.augment_flip or self.args.augment_shift):
-            if "relevance_targets" in inputs:
-                raise ValueError(
-                    "augment_flip and augment_shift would move images away from their boxes; leave them out"
-                )
-            images = (inputs["pixel_values"] * self._std + self._mean).clamp(0, 1)
-            images = augment_images(images, self.args.augment_flip, self.args.augment_shift)
-            inputs = {**inputs, "pixel_values": (images - self._mean) / self._std}
+            inputs = self._augment(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _augment(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not (self.args.augment_flip or self.args.augment_shift):
+            return inputs
+        images = (inputs["pixel_values"] * self._std + self._mean).clamp(0, 1)
+        images, places = move_images(images, self.args.augment_flip, self.args.augment_shift)
+        inputs = {**inputs, "pixel_values": (images - self._mean) / self._std}
+        if "relevance_targets" in inputs:
+            maps = inputs["relevance_targets"].unflatten(1, self.data_collator.grid)
+            inputs["relevance_targets"] = move_maps(maps, places[inputs["image_index"]]).flatten(1)
+        return inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss; the best answer's score, and 1 where the most relevant patch touches a box, 0 where it does not, -1

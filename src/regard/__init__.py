@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoProcessor,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
@@ -22,6 +22,7 @@ from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification, QAViTModel
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.pipelines.text_recognition import TextRecognitionPipeline
+from regard.pipelines.visual_question_answering import VisualQuestionAnsweringPipeline
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
@@ -46,6 +47,10 @@ AutoConfig.register("query_conditioned_vqa", QueryConditionedVQAConfig)
 AutoModel.register(QueryConditionedVQAConfig, QueryConditionedVQAModel)
 AutoModelForVisualQuestionAnswering.register(QueryConditionedVQAConfig, QueryConditionedVQAModel)
 AutoProcessor.register(QueryConditionedVQAConfig, QueryConditionedVQAProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "visual-question-answering", VisualQuestionAnsweringPipeline, pt_model=AutoModel, type="multimodal"
+)
+REMOVED_TASKS.pop("visual-question-answering", None)  # or `pipeline` refuses the name, whoever has registered it
 
 
 class _OwnCode:
@@ -82,5 +87,6 @@ __all__ = [
     "QueryConditionedVQAModel",
     "QueryConditionedVQAProcessor",
     "TextRecognitionPipeline",
+    "VisualQuestionAnsweringPipeline",
     "build_byte_tokenizer",
 ]

@@ -54,7 +54,10 @@ class Asker:
     def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model, processor = load(model, "ask", device)
+        network: Any
+        processor: Any
+        network, processor = load(model, "ask", device)
+        self.model = network
         config: Any = self.model.config
         self.answers: list[str] = [config.id2label[index] for index in range(len(config.id2label))]
         self.grid = grid_of(self.model, processor)
@@ -105,7 +108,8 @@ def score_asker(asker: Asker, data: Any, advance: Callable[[int], Any] = lambda 
     def part(chosen: Sequence[int]) -> dict[str, Any]:
         pointed = [row for row in chosen if boxes[row]]
         where = [boxes[row] for row in pointed]
-        pointing = dict.fromkeys(("pointing_accuracy", "pointing_chance", "energy_in_boxes"), float("nan"))
+        names = ("pointing_accuracy", "pointing_chance", "energy_in_boxes")
+        pointing: dict[str, float] = dict.fromkeys(names, float("nan"))
         if pointed:
             pointing = {
                 "pointing_accuracy": pointing_accuracy(relevance[pointed], where),

@@ -23,8 +23,13 @@ from transformers import (
 )
 
 # The checkpoint that a verb of the command line uses when none is named.
-DEFAULT_CHECKPOINTS = {"read": "image-text-slot-5m", "classify": "qavit-tiny-fashion-mnist"}
+DEFAULT_CHECKPOINTS = {
+    "read": "image-text-slot-5m",
+    "classify": "qavit-tiny-fashion-mnist",
+    "ask": "query-conditioned-vqa-easy",
+}
 
+_TASKS = {"classify": "classify images", "ask": "answer questions"}  # what reads is known by its method `read`
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -76,7 +81,8 @@ def resolve(model: str | Path | None = None, verb: str = "read") -> str:
 
 
 def find_verb(model: str | Path) -> str:
-    """The verb that a model is for, by its configuration: "classify" for a classifier, else "read".
+    """The verb that a model is for, by its configuration: "classify" for a classifier, "ask" for one that answers
+    questions, else "read".
 
     Args:
         model: see `resolve`.
@@ -90,6 +96,8 @@ def find_verb(model: str | Path) -> str:
 
 
 def _verb_of(config: PreTrainedConfig) -> str:
+    if config.model_type == "query_conditioned_vqa":
+        return "ask"
     names = config.architectures or ()
     return "classify" if any(name.endswith("ForImageClassification") for name in names) else "read"
 
@@ -100,11 +108,12 @@ def load(
     """Load a model in float32, in evaluation mode, and its processor.
 
     Args:
-        model, verb: see `resolve`; the verb also says as what to load it: "classify" as a classifier.
+        model, verb: see `resolve`; the verb also says as what to load it: "classify" as a classifier, "ask" as a
+            model that answers questions.
         device: where to put the model; None is the accelerator, if there is one, else the CPU.
 
     Raises:
-        CheckpointError: there is no such model, it is no classifier but should be one, it cannot be loaded, or the
+        CheckpointError: there is no such model, it is not one for this verb, it cannot be loaded, or the
             device is not there.
     """
     source = resolve(model, verb)
@@ -112,8 +121,8 @@ def load(
     with explain(model, source):
         if not Path(source).is_dir():
             hf_hub_download(source, "config.json")  # one clear failure, before each file of the processor is tried
-        if classify and _verb_of(config := AutoConfig.from_pretrained(source)) != verb:
-            raise CheckpointError(f"{model}: a {config.model_type} model does not classify images; name another")
+        if verb in _TASKS and _verb_of(config := AutoConfig.from_pretrained(source)) != verb:
+            raise CheckpointError(f"{model}: a {config.model_type} model does not {_TASKS[verb]}; name another")
         processor = (AutoImageProcessor if classify else AutoProcessor).from_pretrained(source)
         network = (AutoModelForImageClassification if classify else AutoModel).from_pretrained(
             source, dtype=torch.float32

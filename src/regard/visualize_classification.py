@@ -1,6 +1,6 @@
 """Pictures that show how an image was classified: the classes, which branches a QAViT relied on, where they looked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,11 @@ from PIL import Image, ImageDraw
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.modeling.grid_attention import Partition, pool_grid
 from regard.modeling.modeling_qavit import QAViTOutput
-from regard.processing.image_io import to_grey_or_rgb
-from regard.visualize import FAINT, INK, PAPER, confidence_colour, load_font
+from regard.panels import LINE, LISTS, MARGIN, PANEL, draw_bars, draw_panel, draw_scale, fit_panel, heat
+from regard.visualize import PAPER, confidence_colour
 
-_MARGIN, _PANEL, _LISTS, _NAMES, _LINE = 16, 232, 288, 112, 20  # pixels
 _TITLES = {"window": "Windows", "dilated": "Dilated", "channel": "Channels", "bank": "Bank"}
-_FRAME, _TRACK, _BAR = (208, 213, 219), (236, 239, 242), (112, 124, 140)
-# From little to much attention: dark violet, red, orange, pale yellow. Lightness grows evenly, so grey print keeps it.
-_HEAT = np.array([(22, 11, 57), (87, 16, 110), (152, 40, 103), (209, 65, 73), (243, 125, 21), (252, 225, 130)])
+_BAR = (112, 124, 140)
 
 
 def attention_maps(outputs: QAViTOutput, config: QAViTConfig, rows: int, columns: int) -> dict[str, np.ndarray]:
@@ -104,86 +101,29 @@ def draw_classification(image: Image.Image, result: Mapping[str, Any]) -> Image.
     Returns:
         An RGB picture.
     """
-    scale = _PANEL / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    way = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC  # few pixels stay visible as such
-    shown = to_grey_or_rgb(image).resize((width, height), way, reducing_gap=3.0).convert("RGB")
-    panels = [("Image", shown), *((_TITLES[name], _heat(shown, grid)) for name, grid in result["maps"].items())]
+    shown = fit_panel(image)
+    panels = [("Image", shown), *((_TITLES[name], heat(shown, grid)) for name, grid in result["maps"].items())]
 
     rows = -(-len(panels) // 2)
-    step = _PANEL + _MARGIN, height + _LINE + _MARGIN
-    left = _MARGIN + min(len(panels), 2) * step[0] + _MARGIN
+    step = PANEL + MARGIN, shown.height + LINE + MARGIN
+    left = MARGIN + min(len(panels), 2) * step[0] + MARGIN
     lines = len(result["labels"]) + len(result["branches"]) + 2
-    page_height = max(rows * step[1] + _MARGIN, lines * (_LINE + 2) + 5 * _LINE + 2 * _MARGIN)
-    page = Image.new("RGB", (left + _LISTS + _MARGIN, page_height), PAPER)
+    page_height = max(rows * step[1] + MARGIN, lines * (LINE + 2) + 5 * LINE + 2 * MARGIN)
+    page = Image.new("RGB", (left + LISTS + MARGIN, page_height), PAPER)
     draw = ImageDraw.Draw(page)
     for index, (title, panel) in enumerate(panels):
-        x, y = _MARGIN + index % 2 * step[0], _MARGIN + index // 2 * step[1]
-        draw.text((x, y + _LINE // 2), title, font=load_font(14), fill=INK, anchor="lm")
-        place = x + (_PANEL - width) // 2, y + _LINE
-        page.paste(panel, place)
-        draw.rectangle((place[0] - 1, place[1] - 1, place[0] + width, place[1] + height), outline=_FRAME)
-    below = _draw_bars(
+        draw_panel(page, (MARGIN + index % 2 * step[0], MARGIN + index // 2 * step[1]), title, panel)
+    below = draw_bars(
         draw,
-        (left, _MARGIN),
+        (left, MARGIN),
         "Classes",
         [(item["label"], item["score"], confidence_colour(item["score"])) for item in result["labels"]],
     )
     weights = [(_TITLES[name], weight, _BAR) for name, weight in result["branches"].items()]
-    below = _draw_bars(draw, (left, below + _LINE), "Weight of each branch", weights)
+    below = draw_bars(draw, (left, below + LINE), "Weight of each branch", weights)
     if result["maps"]:
-        _draw_scale(draw, (left, below + _LINE))
+        draw_scale(draw, (left, below + LINE), "Attention a place receives")
     return page
-
-
-def _heat(shown: Image.Image, grid: np.ndarray) -> Image.Image:
-    """The image in grey under the colours of a map: a quarter of the even share or less, to four times or more."""
-    smooth = Image.fromarray(np.asarray(grid, dtype=np.float32)).resize(shown.size, Image.Resampling.BILINEAR)
-    place = np.log2(np.maximum(np.asarray(smooth), 1e-6)) / 4 + 0.5
-    grey = np.asarray(shown.convert("L"), dtype=np.float32)[..., None]
-    return Image.fromarray((0.35 * grey + 0.65 * _heat_colour(place)).astype(np.uint8))
-
-
-def _heat_colour(place: np.ndarray) -> np.ndarray:
-    """RGB `(..., 3)` of places in [0, 1] on the scale."""
-    stops = np.linspace(0, 1, len(_HEAT))
-    return np.stack([np.interp(place, stops, channel) for channel in _HEAT.T], axis=-1)
-
-
-def _draw_bars(
-    draw: ImageDraw.ImageDraw, place: tuple[int, int], title: str, entries: Sequence[tuple[str, float, Any]]
-) -> int:
-    """A title and a line with a bar for each entry; returns where they end."""
-    x, y = place
-    draw.text((x, y + _LINE // 2), title, font=load_font(14), fill=INK, anchor="lm")
-    for index, (label, value, colour) in enumerate(entries, start=1):
-        middle = y + index * (_LINE + 2) + _LINE // 2
-        draw.text((x, middle), _shorten(label, _NAMES - 8), font=load_font(13), fill=INK, anchor="lm")
-        start, length = x + _NAMES, _LISTS - _NAMES - 54
-        draw.rectangle((start, middle - 5, start + length, middle + 5), fill=_TRACK)
-        draw.rectangle((start, middle - 5, start + round(length * value), middle + 5), fill=colour)
-        draw.text((x + _LISTS, middle), f"{100 * value:.1f} %", font=load_font(13), fill=INK, anchor="rm")
-    return y + (len(entries) + 1) * (_LINE + 2)
-
-
-def _draw_scale(draw: ImageDraw.ImageDraw, place: tuple[int, int]) -> None:
-    x, y = place
-    draw.text((x, y + _LINE // 2), "Attention a place receives", font=load_font(14), fill=INK, anchor="lm")
-    top = y + _LINE + 2
-    for column, colour in enumerate(_heat_colour(np.linspace(0, 1, _LISTS)).astype(int).tolist()):
-        draw.line((x + column, top, x + column, top + 10), fill=tuple(colour))
-    for share, text, anchor in ((0, "a quarter", "ls"), (0.5, "even", "ms"), (1, "four times", "rs")):
-        draw.text((x + share * _LISTS, top + 25), text, font=load_font(12), fill=FAINT, anchor=anchor)
-
-
-def _shorten(text: str, width: int) -> str:
-    """A text that fits a width in pixels, in one line."""
-    text = " ".join(text.split())
-    if load_font(13).getlength(text) <= width:
-        return text
-    while text and load_font(13).getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
 
 
 __all__ = ["attention_maps", "branch_weights", "draw_classification"]

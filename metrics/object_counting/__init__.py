@@ -1,0 +1,1 @@
+"""How well objects were counted one by one: the count, the points at the objects, and the decision to stop."""
