@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from stranger import WITHOUT_REGARD
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -32,21 +33,9 @@ from regard_cli import main
 pipeline: Any = transformers.pipeline  # it declares the tasks that it comes with
 
 # Loads every model of a folder as a stranger would, and saves what it computes.
-STRANGER = """
-import importlib.abc, sys
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("regard", "regard_cli"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Refuse())
-try:
-    import regard
-    sys.exit("regard is there")
-except ModuleNotFoundError:
-    pass
-
+STRANGER = (
+    WITHOUT_REGARD
+    + """
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
 from transformers import AutoModelForVisualQuestionAnswering
@@ -61,6 +50,11 @@ with torch.inference_mode():
     results["text"] = pipeline("text-recognition", model=f"{folder}/read", **trust)(image)
     results["inferred"] = pipeline(model=f"{folder}/read", **trust)(image)
 
+    classifier = AutoModelForImageClassification.from_pretrained(f"{folder}/classify", **trust).eval()
+    inputs = AutoImageProcessor.from_pretrained(f"{folder}/classify", **trust)(images=image, return_tensors="pt")
+    results["classify"] = classifier(**inputs).logits
+    assert ".classify." in type(classifier).__module__
+
     vqa = AutoModelForVisualQuestionAnswering.from_pretrained(f"{folder}/vqa", **trust).eval()
     inputs = AutoProcessor.from_pretrained(f"{folder}/vqa", **trust)(
         images=image, text=["what is it?", "is it red?"], return_tensors="pt")
@@ -70,9 +64,8 @@ with torch.inference_mode():
     ask = pipeline("visual-question-answering", model=f"{folder}/vqa", **trust)
     results["answers"] = ask(image=image, question="is it red?")
 
-    classifier = AutoModelForImageClassification.from_pretrained(f"{folder}/classify", **trust).eval()
+    # Now that the model above has registered its QAViT.
     inputs = AutoImageProcessor.from_pretrained(f"{folder}/classify", **trust)(images=image, return_tensors="pt")
-    results["classify"] = classifier(**inputs).logits
     results["features"] = AutoModel.from_pretrained(f"{folder}/classify", **trust).eval()(**inputs).last_hidden_state
     results["classes"] = pipeline("image-classification", model=f"{folder}/classify", **trust)(image)
 
@@ -85,6 +78,7 @@ with torch.inference_mode():
 assert "regard" not in sys.modules
 torch.save(results, f"{folder}/results.pt")
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
+from stranger import WITHOUT_REGARD
+from transformers import pipeline
 
 TOKENS = {"hf_me": "me", "hf_other": "other"}
 NOWHERE = "http://127.0.0.1:9"
@@ -237,6 +239,29 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
     assert done.code == 0, done.err
     assert repository.branches["main"] == main
     assert "auto_map" not in json.loads(files_of(hub, "me/reader", "candidate")["config.json"])
+
+
+STRANGER = """
+import json
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor, pipeline
+
+model = AutoModelForVisualQuestionAnswering.from_pretrained("me/coded", trust_remote_code=True)
+AutoProcessor.from_pretrained("me/coded", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.me.coded.")
+ask = pipeline("visual-question-answering", model="me/coded", trust_remote_code=True)
+print(json.dumps(ask(image=sys.argv[1], question="is it red?")))
+"""
+
+
+def test_a_stranger_without_regard_asks_a_repository_with_code(hub, client, tiny_vqa, tmp_path, make_image):
+    assert client.regard("push", tiny_vqa, "me/coded", "--with-code").code == 0
+    image = make_image(tmp_path / "image.png")
+    command = [sys.executable, "-I", "-c", WITHOUT_REGARD + STRANGER, image]
+    done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    ask: Any = pipeline
+    expected = ask("visual-question-answering", model=str(tiny_vqa))(image=image, question="is it red?")
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_without_the_right_token_nothing_is_pushed_or_read(hub, client, tiny_classifier, tmp_path):
