@@ -23,6 +23,9 @@ examples:
   regard ask photo.jpg "what colour is it?"  answer questions about an image
   regard train my.yaml                       train a model; my.yaml names model, data and settings
   regard evaluate my-model --dataset mine/   measure a model on labelled images
+  regard info my-model                       say what a model is and how good it was measured to be
+  regard export my-model out/ --with-code    a folder that loads without regard
+  regard push my-model OWNER/NAME            put a model on the Hub
 
 `regard VERB --help` explains one verb."""
 
@@ -139,6 +142,55 @@ examples:
   regard evaluate query-conditioned-vqa-easy --dataset easy-vqa"""
 
 
+EXPORT_EPILOG = """\
+DIR gets weights, configuration, processor, card and figures, byte for byte, and nothing else that lies in MODEL, such
+as optimizer states. The names of the files appear on standard output.
+
+--with-code adds exactly those files of regard that the model needs, so that whoever has transformers, but not regard,
+loads it with trust_remote_code=True: AutoModel, AutoProcessor and pipeline then work as with regard. Where regard is
+installed its own classes are used, and the code in DIR is not run.
+
+exit codes:
+  0  done
+  2  nothing was done: no such model, DIR is not empty or cannot be written, or the model is not one of regard's
+
+examples:
+  regard export image-text-slot-5m out/ --with-code
+  python -c "from transformers import pipeline
+  print(pipeline('text-recognition', model='out/', trust_remote_code=True)('receipt.png'))"
+  regard export OWNER/NAME here/             a copy of a Hub repository's model"""
+
+PUSH_EPILOG = """\
+The repository is made if it is not there, public unless --private. It gets what `regard export MODEL DIR` would write,
+as one commit; other files in it stay. If the upload breaks off, the repository is as before: repeat the command.
+
+You need a token that may write: `hf auth login` once, or the environment variable HF_TOKEN. The address of the commit
+appears on standard output; `from_pretrained("OWNER/NAME", revision=COMMIT)` always loads these very weights.
+
+exit codes:
+  0  done
+  2  nothing was pushed: no such model, no token or one that may not write, no network, or a refusal of the Hub
+
+examples:
+  regard push runs/mine me/receipts --private
+  regard push runs/mine me/receipts --with-code --message "Longer training"
+  regard push runs/mine me/receipts --revision candidate"""
+
+INFO_EPILOG = """\
+Prints what the model is and what was measured of it: its figures are those of evaluation.json, which
+`regard evaluate MODEL --output evaluation.json` writes, or else of its card. Of a Hub repository only configuration,
+card and figures are downloaded.
+
+exit codes:
+  0  done
+  2  no such model, or it cannot be loaded
+
+examples:
+  regard info image-text-slot-5m
+  regard info runs/mine
+  regard info OWNER/NAME"""
+
+
 def positive(text: str) -> int:
     """An argument that must be a whole number above 0."""
     try:
@@ -250,6 +302,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
     add_computing(evaluate, 32)
+
+    model_help = "a folder, a Hub repository or the name of a bundled model"
+    info = add_verb("info", "regard.info:run", "say what a model is", INFO_EPILOG)
+    info.add_argument("model", metavar="MODEL", help=model_help)
+
+    export = add_verb("export", "regard.export:run", "copy a model, also with its code", EXPORT_EPILOG)
+    export.add_argument("model", metavar="MODEL", help=model_help)
+    export.add_argument("folder", metavar="DIR", help="a new or empty folder")
+    code_help = "add the code that loads the model without regard"
+    export.add_argument("--with-code", action="store_true", help=code_help)
+
+    push = add_verb("push", "regard.push:run", "put a model on the Hugging Face Hub", PUSH_EPILOG)
+    push.add_argument("model", metavar="MODEL", help=model_help)
+    push.add_argument("repository", metavar="OWNER/NAME", help="a repository of yours on the Hub")
+    push.add_argument("--private", action="store_true", help="only you, or your organization, may see it")
+    push.add_argument("--with-code", action="store_true", help=code_help)
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
+    push.add_argument("--message", metavar="TEXT", help='of the commit (default: "Upload MODEL with regard")')
     return parser
 
 

@@ -79,7 +79,7 @@ def tiny_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_image():
     """A function that draws text, with Pillow's built-in font, on a grey image, and saves it where told."""
 

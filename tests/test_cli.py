@@ -18,7 +18,7 @@ from regard.cli import name_drawings, write_as_text
 from regard.read import Reader
 from regard_cli import build_parser, main
 
-VERBS = ["read", "classify", "ask", "train", "evaluate"]
+VERBS = ["read", "classify", "ask", "train", "evaluate", "info", "export", "push"]
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def test_help_names_every_verb_and_each_verb_teaches(capsys):
     assert set(build_parser()._subparsers._group_actions[0].choices) == set(VERBS)  # pyright: ignore
 
 
-@pytest.mark.parametrize("verb", ["read", "classify", "ask"])
+@pytest.mark.parametrize("verb", ["read", "classify", "ask", "info", "export", "push"])
 def test_help_documents_the_exit_codes(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = capsys.readouterr().out
-    assert all(f"\n  {code}  " in text for code in (0, 1, 2))
+    assert all(f"\n  {code}  " in text for code in ((0, 2) if verb in ("info", "export", "push") else (0, 1, 2)))
 
 
 def test_module_and_version():
@@ -85,6 +85,9 @@ def test_module_and_version():
         ["ask", "x.png", " "],
         ["ask", "x.png", "what?", "--top-k", "0"],
         ["train"],
+        ["info"],
+        ["export", "model"],
+        ["push", "model"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):

@@ -52,6 +52,27 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 REMOVED_TASKS.pop("visual-question-answering", None)  # or `pipeline` refuses the name, whoever has registered it
 
+
+class _OwnCode:
+    """What a checkpoint says of code that lies beside it: nothing, for regard's own classes load it."""
+
+    def __get__(self, instance, owner=None) -> dict:
+        return {}
+
+    def __set__(self, instance, value):
+        pass
+
+
+for _class in (
+    ImageTextSlotConfig,
+    ImageTextSlotImageProcessor,
+    QAViTConfig,
+    QAViTImageProcessor,
+    QueryConditionedVQAConfig,
+):
+    for _name in ("auto_map", "custom_pipelines"):  # transformers keeps what it finds under any name as an attribute
+        setattr(_class, _name, _OwnCode())
+
 __all__ = [
     "ImageTextSlotConfig",
     "ImageTextSlotImageProcessor",

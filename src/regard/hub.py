@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -90,7 +91,7 @@ def find_verb(model: str | Path) -> str:
         CheckpointError: there is no such model, or its configuration cannot be loaded.
     """
     source = resolve(model)
-    with _explain(model, source):
+    with explain(model, source):
         return _verb_of(AutoConfig.from_pretrained(source))
 
 
@@ -117,7 +118,7 @@ def load(
     """
     source = resolve(model, verb)
     classify = verb == "classify"
-    with _explain(model, source):
+    with explain(model, source):
         if not Path(source).is_dir():
             hf_hub_download(source, "config.json")  # one clear failure, before each file of the processor is tried
         if verb in _TASKS and _verb_of(config := AutoConfig.from_pretrained(source)) != verb:
@@ -136,13 +137,18 @@ def load(
 
 
 @contextmanager
-def _explain(model: str | Path | None, source: str) -> Iterator[None]:
-    """Turn what goes wrong while loading into a CheckpointError."""
+def explain(model: str | Path | None, source: str) -> Iterator[None]:
+    """Turn what goes wrong while loading a model, which `resolve` has found at `source`, into a CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, HTTPError) as error:
+        if isinstance(error, RepositoryNotFoundError) or isinstance(error.__cause__, RepositoryNotFoundError):
+            raise CheckpointError(
+                f"{model}: no such Hub repository, or a private one; check the name, and that your token may read it "
+                "(`hf auth login`, or HF_TOKEN)"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = "check its files" if Path(source).is_dir() else "check the name and the network, or give a folder"
         raise CheckpointError(f"{model or source}: cannot be loaded ({reason}); {mend}") from error
