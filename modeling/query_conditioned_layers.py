@@ -158,19 +158,22 @@ class EvidenceGate(nn.Linear):
 
 
 class AnswerHead(nn.Module):
-    """Query, what it last looked at, and a sum over all patches that bear on it -> logits.
+    """Query, what it last looked at, how the two match, and a sum over all patches that bear on it -> logits.
 
-    A mean cannot count: the sum, of patches weighed by a gate of each, can. The described head has no such sum.
+    Concatenated, query and patch are hardly ever compared ("is there a teal shape?" stayed at its prior where shapes
+    and colours were named without an error): their product compares them. A mean cannot count: the sum, of patches
+    weighed by a gate of each, can. The described head has neither.
     """
 
     def __init__(self, config: QueryConditionedVQAConfig):
         super().__init__()
         size = config.hidden_size
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        counts = config.conditioning == "words"
-        self.evidence_gate = EvidenceGate(size, config.num_attention_heads) if counts else None
-        self.evidence = nn.Linear(size, size) if counts else None
-        self.fusion = nn.Linear((2 + counts) * size, size)
+        compares = config.conditioning == "words"
+        self.match_proj = nn.Linear(size, size) if compares else None
+        self.evidence_gate = EvidenceGate(size, config.num_attention_heads) if compares else None
+        self.evidence = nn.Linear(size, size) if compares else None
+        self.fusion = nn.Linear((4 if compares else 2) * size, size)
         self.fusion_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -180,7 +183,10 @@ class AnswerHead(nn.Module):
         self, patches: torch.Tensor, query: torch.Tensor, relevance: torch.Tensor, patch_mask: torch.Tensor | None
     ) -> torch.Tensor:
         patches = self.norm(patches)
-        parts = [query, (relevance[:, None] @ patches).squeeze(1)]
+        looked = (relevance[:, None] @ patches).squeeze(1)
+        parts = [query, looked]
+        if self.match_proj is not None:
+            parts.append(self.match_proj(query) * looked)
         if self.evidence_gate is not None:
             gate = self.evidence_gate(patches).sigmoid()  # (questions, patches, heads)
             if patch_mask is not None:

@@ -176,7 +176,7 @@ CASES = [
             regard.QAViTImageProcessor(size=20), train_question_tokenizer(["what is it?", "is it red?"], vocab_size=60)
         ),
         use=ask_image,
-        parameters={"small": 1_926_448, "as_described": 1_462_434, "base": 221_874_472, "micro": 55_614},
+        parameters={"small": 1_959_344, "as_described": 1_462_434, "base": 223_054_888, "micro": 57_694},
         learning_rate=5e-3,
         learned=lambda outputs, inputs: bool(
             (outputs.logits.argmax(-1) == inputs["labels"]).all()
