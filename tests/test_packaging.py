@@ -79,7 +79,7 @@ def test_the_wheel_holds_exactly_the_package(root: Path, built: tuple[Path, Path
     with zipfile.ZipFile(built[1]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped_files(root)
-    for checkpoint in ("image-text-slot-5m", "qavit-tiny-fashion-mnist"):
+    for checkpoint in ("image-text-slot-5m", "qavit-tiny-fashion-mnist", "query-conditioned-vqa-easy"):
         assert f"regard/model_cards/{checkpoint}/model.safetensors" in names
     assert "regard/data/apt-packages.txt" in names
 

@@ -256,9 +256,13 @@ def flags(settings: dict[str, str]) -> list[str]:
     return [part for pair in settings.items() for part in pair]
 
 
-@pytest.mark.parametrize("dataset", ["scenes", "easy-vqa"])
-def test_trained_by_the_command_line_and_gone_on_from(tmp_path, base, dataset):
-    settings = {**base, "--dataset": dataset, "--train_questions": "60"}
+@pytest.mark.parametrize(
+    ("dataset", "preset", "attention"),
+    [("scenes", "micro", "eager"), ("easy-vqa", "micro", "sdpa"), ("easy-vqa", "small", "sdpa")],
+)
+def test_trained_by_the_command_line_and_gone_on_from(tmp_path, base, dataset, preset, attention):
+    settings = {**base, "--dataset": dataset, "--train_questions": "60", "--preset": preset}
+    settings["--attn_implementation"] = attention
     assert main(flags(settings)) == 0
     model = AutoModel.from_pretrained(tmp_path / "run")
     processor = AutoProcessor.from_pretrained(tmp_path / "run")

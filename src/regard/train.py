@@ -319,7 +319,12 @@ def build_query_conditioned_vqa(
     else:
         model = QueryConditionedVQAModel.from_pretrained(source, dtype="float32", **overrides)
         processor = QueryConditionedVQAProcessor.from_pretrained(source)
-    model.set_attn_implementation(model_args.attn_implementation)
+    attention = model_args.attn_implementation
+    encoders = {"text_config": model.text_model, "vision_config": model.vision_model}
+    model.set_attn_implementation(
+        {"": attention}
+        | {name: attention for name, encoder in encoders.items() if attention == "eager" or encoder._supports_sdpa}
+    )  # a ResNet has no attention, and would refuse
     return VQATrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
 
 
