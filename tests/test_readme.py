@@ -28,7 +28,9 @@ def test_python_runs(code: str, root: Path, tmp_path: Path, monkeypatch: pytest.
 def test_commands_parse():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [command for command in commands if command and command[0] == "regard"]
-    assert {command[1] for command in commands} == {"read", "classify", "ask", "train", "evaluate"}
+    assert {command[1] for command in commands} == {
+        "read", "classify", "ask", "train", "evaluate", "info", "push", "export"
+    }  # fmt: skip
     for command in commands:
         words = command[1 : command.index(">")] if ">" in command else command[1:]
         build_parser().parse_args(words[:1] if words[0] == "train" else words)
