@@ -215,9 +215,10 @@ def _load_easy_vqa(_: Path, split: str) -> tuple[Dataset, bool]:
 def _box_of_shape(path: str) -> list[int]:
     """`[x0, y0, x1, y1]` of the one shape in an image of easy-VQA: what differs from the pale background."""
     with PIL.Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
-    colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    rows, columns = np.nonzero(np.abs(pixels - colors[counts.argmax()]).max(2) > _EASY_VQA_CONTRAST)
+        image = image.convert("RGB")
+    _, background = max(image.getcolors(image.width * image.height))
+    pixels = np.asarray(image, dtype=np.int16)
+    rows, columns = np.nonzero(np.abs(pixels - np.array(background)).max(2) > _EASY_VQA_CONTRAST)
     return [int(edge) for edge in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
 
 
