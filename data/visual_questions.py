@@ -216,7 +216,8 @@ def _box_of_shape(path: str) -> list[int]:
     """`[x0, y0, x1, y1]` of the one shape in an image of easy-VQA: what differs from the pale background."""
     with PIL.Image.open(path) as image:
         image = image.convert("RGB")
-    _, background = max(image.getcolors(image.width * image.height))
+        colors: Any = image.getcolors(image.width * image.height)
+        _, background = max(colors)
     pixels = np.asarray(image, dtype=np.int16)
     rows, columns = np.nonzero(np.abs(pixels - np.array(background)).max(2) > _EASY_VQA_CONTRAST)
     return [int(edge) for edge in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]

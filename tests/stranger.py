@@ -1,4 +1,8 @@
-"""How a process of the tests is kept from importing regard."""
+"""How a process of the tests is kept from importing regard, and how its results compare with those of another."""
+
+from typing import Any
+
+import pytest
 
 WITHOUT_REGARD = """
 import importlib.abc, sys
@@ -15,3 +19,12 @@ try:
 except ModuleNotFoundError:
     pass
 """
+
+
+def approximately(value: Any) -> Any:
+    """Equal to the same in another process, which may round the last digits of a sum otherwise."""
+    if isinstance(value, dict):
+        return {name: approximately(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [approximately(part) for part in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value

@@ -473,6 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
 
 
