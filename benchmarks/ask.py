@@ -181,7 +181,7 @@ def maps(asker: Asker, rows: list[Mapping[str, Any]], seed: int) -> dict[str, An
         "pointing_accuracy": pointing_accuracy(np.concatenate(relevance), boxes),
         "pointing_chance": pointing_chance(asker.grid, boxes),
         "curves": {name: [round(float(value), 4) for value in curve] for name, curve in joined.items()},
-        "areas": {name: round(float(curve.trapezoid() / (len(curve) - 1)), 4) for name, curve in joined.items()},
+        "areas": {name: round(float(torch.trapezoid(curve) / (len(curve) - 1)), 4) for name, curve in joined.items()},
     }
 
 
@@ -212,7 +212,7 @@ def run_cost(options: argparse.Namespace) -> dict[str, Any]:
     print("| patches kept | ms, ten questions | validation accuracy |\n|--:|--:|--:|")
     for row in result["keep_patches"]:
         print(f"| {row['keep_patches']} | {row['ms_ten_questions']} | {100 * row['accuracy']:.1f} % |")
-    with plotted(ROOT / "docs" / "ask_cost.png") as axes:
+    with plotted(options.plots / "ask_cost.png") as axes:
         if axes is not None:
             spent, right = zip(
                 *((r["ms_ten_questions"], 100 * r["accuracy"]) for r in result["keep_patches"]), strict=True
@@ -246,7 +246,7 @@ def run_maps(options: argparse.Namespace) -> dict[str, Any]:
         ]
         cells = (name, *(f"{100 * row[part]:.1f} %" for part in ("pointing_accuracy", "pointing_chance")), *areas)
         print(f"| {' | '.join(cells)} |")
-    with plotted(ROOT / "docs" / "ask_maps.png") as axes:
+    with plotted(options.plots / "ask_maps.png") as axes:
         if axes is not None:
             for (name, row), color in zip(result.items(), ("C0", "C1"), strict=False):
                 for kind, style in (("deletion", "-"), ("insertion", "--")):
@@ -269,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=2000, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="cost: timed rounds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/ask_WHAT.json)")
     options = parser.parse_args(arguments)
     options.dataset = options.dataset or ("easy-vqa" if options.what == "prior" else "scenes")
