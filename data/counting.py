@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 from regard.data.image_classification import SPLITS
-from regard.data.labelled_images import choose_split, open_or_warn, open_stored
+from regard.data.labelled_images import choose_split, open_or_warn, open_stored, read_splits
 from regard.processing.image_io import ImageReadError
 
 logger = logging.getLogger(__name__)
@@ -191,14 +191,9 @@ def _row(image: Any, image_id: str, category: str, points: Sequence[Sequence[flo
     }
 
 
-def _read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset] | dict[str, Path]:
+def _read_splits(source: str | Path | Dataset | DatasetDict) -> Mapping[str, Dataset | Path]:
     """The splits of a source by its own names for them: data sets or files of points."""
-    if isinstance(source, Dataset):
-        return {"train": source}
-    if isinstance(source, DatasetDict):
-        return {str(split): dataset for split, dataset in source.items()}
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if isinstance(source, (str, Path)) and (folder := Path(source).expanduser()).is_dir():
         if (folder / POINTS_FILE).is_file():
             return {"train": folder / POINTS_FILE}
         names = [name for names in SPLITS.values() for name in names]
@@ -210,11 +205,7 @@ def _read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Datase
                 f"{folder}: no {POINTS_FILE} in this folder, nor in folders {', '.join(SPLITS)} of it; "
                 f"write one object a line, such as {_EXAMPLE}"
             )
-    elif isinstance(source, Path) or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder")
-    loaded = load_dataset(str(folder if folder.is_dir() else source))
-    assert isinstance(loaded, DatasetDict)
-    return _read_splits(loaded)
+    return read_splits(source)
 
 
 def _read_points(path: Path) -> Dataset:

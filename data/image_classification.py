@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from regard.data.cifar import load_cifar10, load_cifar100
 from regard.data.fashion_mnist import FOLDER, load_fashion_mnist
-from regard.data.labelled_images import choose_split, drop_damaged
+from regard.data.labelled_images import choose_split, drop_damaged, read_splits
 from regard.processing.image_io import ImageReadError, find_images
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -71,21 +71,12 @@ def load_labelled_images(
 
 def _read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset]:
     """The splits of a source by its own names for them."""
-    if isinstance(source, Dataset):
-        return {"train": source}
-    if isinstance(source, DatasetDict):
-        return {str(split): dataset for split, dataset in source.items()}
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if isinstance(source, (str, Path)) and (folder := Path(source).expanduser()).is_dir():
         if splits := _read_folder(folder):
             return splits
         if not any(path.suffix for path in folder.rglob("*") if path.is_file()):
             raise FileNotFoundError(f"{folder}: no images in this folder; put them as {LAYOUT}")
-    elif isinstance(source, Path) or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder")
-    loaded = load_dataset(str(folder if folder.is_dir() else source))
-    assert isinstance(loaded, DatasetDict)
-    return _read_splits(loaded)
+    return read_splits(source)
 
 
 def _read_folder(folder: Path) -> dict[str, Dataset]:

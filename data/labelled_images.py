@@ -1,13 +1,14 @@
-"""What the readers of labelled images share."""
+"""What the readers of images with labels, questions or points share."""
 
 import io
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
 
 from regard.processing.image_io import ImageReadError, open_image
@@ -72,6 +73,23 @@ def open_or_warn(value: Any) -> PILImage.Image | None:
         return None
 
 
+def read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset]:
+    """The splits, by the source's own names, of a `datasets` object, whose sole split is "train", or of what
+    `load_dataset` takes.
+
+    Raises:
+        FileNotFoundError: the source is a folder that is not there.
+    """
+    if isinstance(source, Dataset):
+        return {"train": source}
+    if not isinstance(source, DatasetDict):
+        folder = Path(source).expanduser()
+        if not folder.is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"{source}: no such folder")
+        source = cast(DatasetDict, load_dataset(str(folder if folder.is_dir() else source)))
+    return {str(split): dataset for split, dataset in source.items()}
+
+
 def drop_damaged(dataset: Dataset) -> Dataset:
     """Without the images that cannot be read, each named in a warning; `pixel_values` must not be decoded yet.
 
@@ -86,4 +104,4 @@ def drop_damaged(dataset: Dataset) -> Dataset:
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
-__all__ = ["choose_split", "drop_damaged", "labelled_images", "open_or_warn", "open_stored"]
+__all__ = ["choose_split", "drop_damaged", "labelled_images", "open_or_warn", "open_stored", "read_splits"]

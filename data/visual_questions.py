@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 from regard.data.image_classification import SPLITS
-from regard.data.labelled_images import choose_split
+from regard.data.labelled_images import choose_split, read_splits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -342,25 +342,12 @@ def _load_columns(
     unknown = sorted(set(columns) - set(FEATURES))
     if unknown:
         raise ValueError(f"columns names {unknown}; it can name {', '.join(FEATURES)}")
-    splits = _read_splits(source)
+    splits = read_splits(source)
     present = {name: next((own for own in names if own in splits), None) for name, names in SPLITS.items()}
     own = present[split] or (present["train"] if split == "validation" else None)
     if own is None:
         raise ValueError(f"the data set has no split {split!r}, only {', '.join(splits)}")
     return _choose_columns(splits[own], columns), split != "test" and present["validation"] is None
-
-
-def _read_splits(source: str | Path | Dataset | DatasetDict) -> Mapping[str, Dataset]:
-    if isinstance(source, Dataset):
-        return {"train": source}
-    if isinstance(source, DatasetDict):
-        return {str(split): dataset for split, dataset in source.items()}
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"{source}: no such folder")
-    loaded = load_dataset(str(folder if folder.is_dir() else source))
-    assert isinstance(loaded, DatasetDict)
-    return _read_splits(loaded)
 
 
 def _choose_columns(dataset: Dataset, columns: dict[str, str]) -> Dataset:

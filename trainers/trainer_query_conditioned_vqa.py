@@ -225,9 +225,9 @@ class VQATrainer(RegardTrainer):
     processing_class: QueryConditionedVQAProcessor
 
     def __init__(self, model, args: VQATrainingArguments, processing_class: QueryConditionedVQAProcessor, **kwargs):
-        grid = grid_of(model, processing_class)
+        self.grid = grid_of(model, processing_class)
         label2id = {name: index for index, name in model.config.id2label.items()}
-        kwargs.setdefault("data_collator", VQACollator(processing_class, label2id, grid, args.blind))
+        kwargs.setdefault("data_collator", VQACollator(processing_class, label2id, self.grid, args.blind))
         kwargs.setdefault("compute_metrics", score)
         self.frozen = [parse_frozen(item, model.backbone_modules) for item in args.frozen]
         for name, start, end in self.frozen:
@@ -264,7 +264,7 @@ class VQATrainer(RegardTrainer):
         images, places = move_images(images, self.args.augment_flip, self.args.augment_shift)
         inputs = {**inputs, "pixel_values": (images - self._mean) / self._std}
         if "relevance_targets" in inputs:
-            maps = inputs["relevance_targets"].unflatten(1, self.data_collator.grid)
+            maps = inputs["relevance_targets"].unflatten(1, self.grid)
             inputs["relevance_targets"] = move_maps(maps, places[inputs["image_index"]]).flatten(1)
         return inputs
 
