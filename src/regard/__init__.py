@@ -18,15 +18,18 @@ from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
+from regard.configuration.configuration_sequential_attention_counting import SequentialAttentionCountingConfig
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification, QAViTModel
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
+from regard.modeling.modeling_sequential_attention_counting import SequentialAttentionCountingModel
 from regard.pipelines.text_recognition import TextRecognitionPipeline
 from regard.pipelines.visual_question_answering import VisualQuestionAnsweringPipeline
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
 from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
+from regard.processing.processing_sequential_attention_counting import SequentialAttentionCountingProcessor
 from regard.processing.tokenization_byte import build_byte_tokenizer
 
 __version__ = "0.1.0"
@@ -52,6 +55,10 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 REMOVED_TASKS.pop("visual-question-answering", None)  # or `pipeline` refuses the name, whoever has registered it
 
+AutoConfig.register("sequential_attention_counting", SequentialAttentionCountingConfig)
+AutoModel.register(SequentialAttentionCountingConfig, SequentialAttentionCountingModel)
+AutoProcessor.register(SequentialAttentionCountingConfig, SequentialAttentionCountingProcessor)
+
 
 class _OwnCode:
     """What a checkpoint says of code that lies beside it: nothing, for regard's own classes load it."""
@@ -69,6 +76,7 @@ for _class in (
     QAViTConfig,
     QAViTImageProcessor,
     QueryConditionedVQAConfig,
+    SequentialAttentionCountingConfig,
 ):
     for _name in ("auto_map", "custom_pipelines"):  # transformers keeps what it finds under any name as an attribute
         setattr(_class, _name, _OwnCode())
@@ -86,6 +94,9 @@ __all__ = [
     "QueryConditionedVQAConfig",
     "QueryConditionedVQAModel",
     "QueryConditionedVQAProcessor",
+    "SequentialAttentionCountingConfig",
+    "SequentialAttentionCountingModel",
+    "SequentialAttentionCountingProcessor",
     "TextRecognitionPipeline",
     "VisualQuestionAnsweringPipeline",
     "build_byte_tokenizer",

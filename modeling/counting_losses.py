@@ -1,0 +1,82 @@
+"""Losses of SequentialAttentionCounting: whether any object is left, which cells hold one, and where in them it is."""
+
+import math
+
+import torch
+from torch import nn
+
+from regard.modeling.counting_outputs import CountingScene, SequentialAttentionCountingOutput
+
+VISITED = 1e4  # taken from the score of a cell that has been pointed at
+
+
+def nearest_cell(scene: CountingScene, points: torch.Tensor) -> torch.Tensor:
+    """The cell that each point lies in, `(rows, points)`, of points in [0, 1] `(rows, points, 2)`."""
+    apart = (scene["places"][:, None] - points[:, :, None]) * scene["sides"][:, None, None]
+    return apart.square().sum(-1).masked_fill(~scene["cell_mask"][:, None], math.inf).argmin(-1)
+
+
+def done_and_where_losses(
+    scene: CountingScene,
+    outputs: SequentialAttentionCountingOutput,
+    steps: torch.Tensor,
+    suppression: torch.Tensor,
+    counted_mask: torch.Tensor,
+    objects: torch.Tensor,
+    point_objects: torch.Tensor,
+    done_log_odds: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """`loss_done` and `loss_where`; see `SequentialAttentionCountingOutput`.
+
+    Args:
+        steps: points counted before each step, `(rows, steps)`, -1 for padding.
+        suppression: taken from the cells' scores at each step, `(rows, steps, cells)`.
+        counted_mask: True for the points counted before each step, `(rows, steps, points)`.
+        objects, point_objects, done_log_odds: as the model's `forward` takes them.
+    """
+    cells = nearest_cell(scene, objects)[:, None].expand(-1, steps.shape[1], -1)
+    numbers = torch.arange(objects.shape[1], device=objects.device)
+    is_counted = (point_objects[:, None, :, None] == numbers) & counted_mask[..., None]
+    left = (objects[:, None, :, 0] >= 0) & ~is_counted.any(2)  # (rows, steps, objects)
+    # An object in a cell that has been pointed at cannot be pointed at any more.
+    left &= suppression.gather(2, cells) < VISITED / 2
+    valid, is_done = steps >= 0, ~left.any(2)
+
+    done_logits = outputs["done_logits"]
+    if done_log_odds is not None:
+        done_logits = done_logits + done_log_odds[:, None]
+    wrong = nn.functional.binary_cross_entropy_with_logits(done_logits, is_done.float(), reduction="none")
+    hits = outputs["pointer_logits"].log_softmax(-1).gather(2, cells)
+    surprise = -(hits * left).sum(2) / left.sum(2).clamp(min=1)
+    wanted = valid & ~is_done
+    return {
+        "loss_done": (wrong * valid).sum() / valid.sum().clamp(min=1),
+        "loss_where": (surprise * wanted).sum() / wanted.sum().clamp(min=1),
+    }
+
+
+def location_losses(scene: CountingScene, objects: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`loss_x` and `loss_y`, of the cells of objects and those beside: where an object lies on an edge, either may be
+    pointed at."""
+    points, places, sides = scene["points"], scene["places"], scene["sides"][:, None]
+    if objects.shape[1]:
+        apart = ((objects[:, None] - places[:, :, None]) * sides[:, None]).abs().amax(-1)  # (rows, cells, objects)
+        distance, nearest = apart.masked_fill(objects[:, None, :, 0] < 0, math.inf).min(-1)
+        beside = (distance <= 1.5) & scene["cell_mask"]
+        targets = objects.gather(1, nearest[..., None].expand(-1, -1, 2))
+    else:
+        beside, targets = torch.zeros_like(scene["cell_mask"]), places
+    error = nn.functional.smooth_l1_loss(points * sides, targets * sides, reduction="none", beta=0.1)
+    loss_x, loss_y = ((error * beside[..., None]).sum((0, 1)) / beside.sum().clamp(min=1)).unbind()
+    return {"loss_x": loss_x, "loss_y": loss_y}
+
+
+def count_loss(scene: CountingScene, objects: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`loss_count`: of logarithms, so that one object more or less counts for less among many."""
+    number = (objects[..., 0] >= 0).sum(1).float()
+    return {
+        "loss_count": nn.functional.smooth_l1_loss(scene["count_estimate"].log1p(), number.log1p(), beta=0.1),
+    }
+
+
+__all__ = ["VISITED", "count_loss", "done_and_where_losses", "location_losses", "nearest_cell"]
