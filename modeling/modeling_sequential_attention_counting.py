@@ -62,11 +62,10 @@ class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            weight = cast(torch.Tensor, module.weight)
-            init.trunc_normal_(weight, std=std or weight[0].numel() ** -0.5)
+            init.trunc_normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.LSTM):
-            for weights in (module.weight_ih_l0, module.weight_hh_l0):
-                init.trunc_normal_(weights, std=std or weights.shape[1] ** -0.5)
+            for name in ("weight_ih_l0", "weight_hh_l0"):
+                init.trunc_normal_(module.get_parameter(name), std=std or module.hidden_size**-0.5)
         elif isinstance(module, Gated):
             init.constant_(module.gate, float(module.initial_gate))
         if isinstance(module, CountedAttention):
