@@ -192,6 +192,14 @@ class AlternatingCountTrainer(RegardTrainer):
         kwargs.setdefault("compute_metrics", score)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        # One category an image, so that processes have alike many rows to gather.
+        collator, self.data_collator = self.data_collator, CountCollator(self.processing_class, categories_per_image=1)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ask_done = self.state.global_step % 2 == 0
         if model.training:
