@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 from regard.data.image_classification import SPLITS
-from regard.data.visual_questions import run_program
+from regard.data.visual_questions import first_look, run_program
 
 IMAGE_SIZE = 128
 COLORS = {
@@ -78,8 +78,8 @@ class SceneDataset(Dataset):
 
     Row `i` is question `i % questions_per_image` about image `i // questions_per_image`, in the columns of
     `load_visual_questions`, with `pixel_values` a PIL image, mode "RGB": `{"pixel_values", "image_id", "question",
-    "answers": [one string], "question_type", "boxes": [[x0, y0, x1, y1], ...] in pixels}`. The last images drawn are
-    kept, so read the questions of an image one after the other.
+    "answers": [one string], "question_type", "boxes": [[x0, y0, x1, y1], ...] in pixels, "first_boxes": the
+    same}`. The last images drawn are kept, so read the questions of an image one after the other.
 
     Objects have a shape, colour, size and material (`ATTRIBUTES`) and hardly overlap. The types of questions, nearly
     equally frequent, and what their boxes hold:
@@ -91,6 +91,9 @@ class SceneDataset(Dataset):
     - "count": of a description, or of all on one side of an object, 0 to 5; the boxes of those counted;
     - "compare_number": of two descriptions, more, fewer or equally many; the boxes of both sets;
     - "equal_attribute": of two objects, for one of the four attributes; both boxes.
+
+    `first_boxes` hold what to look at before that: the other object of "relate" and of a "count" on one side of it, the
+    first side of "compare_number" and "equal_attribute"; else they are the `boxes`.
 
     Yes and no, numbers, and the values of each attribute are drawn first, equally often, and the question to fit them.
 
@@ -129,14 +132,16 @@ class SceneDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, question = divmod(index, self.questions_per_image)
         drawn = self._drawn(index)
-        text, answer, kind, referred, _ = drawn.questions[question]
+        text, answer, kind, referred, program = drawn.questions[question]
+        boxes = [list(entry["bbox"]) for entry in drawn.graph["objects"]]
         return {
             "pixel_values": drawn.image.copy(),
             "image_id": str(number),
             "question": text,
             "answers": [answer],
             "question_type": kind,
-            "boxes": [list(drawn.graph["objects"][place]["bbox"]) for place in referred],
+            "boxes": [boxes[place] for place in referred],
+            "first_boxes": [boxes[place] for place in first_look(program, drawn.graph)],
         }
 
     def scene(self, index: int) -> dict[str, Any]:

@@ -139,6 +139,30 @@ def run_program(program: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) 
     Raises:
         ValueError: the program is damaged, or describes as unique what is not.
     """
+    outputs, referred = _trace(program, scene)
+    answer = outputs[-1]
+    return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer), referred[-1]
+
+
+def first_look(program: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) -> list[int]:
+    """The objects to look at before those that the answer is read off: of a relation what the others are related to, of
+    a comparison one side; else the same objects.
+
+    Args:
+        program, scene: as for `run_program`.
+    """
+    _, referred = _trace(program, scene)
+    for node, found in zip(reversed(program), reversed(referred), strict=True):
+        function = node.get("function") or node["type"]
+        if function.startswith(("relate", "same", "equal", "greater", "less")):
+            return referred[node["inputs"][0]]
+        if function.startswith(("union", "intersect")):
+            return found
+    return referred[-1]
+
+
+def _trace(program: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) -> tuple[list[Any], list[list[int]]]:
+    """What each node gives, and the objects that it is read off."""
     outputs: list[Any] = []
     referred: list[list[int]] = []
     try:
@@ -151,10 +175,10 @@ def run_program(program: Sequence[Mapping[str, Any]], scene: Mapping[str, Any]) 
             referred.append(
                 output if isinstance(output, list) else sorted({index for part in before for index in part})
             )
-        answer = outputs[-1]
+        _ = outputs[-1]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"no program of CLEVR's ({error!r}): {program}") from error
-    return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer), referred[-1]
+    return outputs, referred
 
 
 def _run(function: str, values: Sequence[str], inputs: Sequence[Any], scene: Mapping[str, Any]) -> Any:
@@ -439,6 +463,7 @@ __all__ = [
     "FEATURES",
     "VQA_ADDRESS",
     "answer_vocabulary",
+    "first_look",
     "load_visual_questions",
     "run_program",
 ]

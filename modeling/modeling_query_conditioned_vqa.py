@@ -38,8 +38,8 @@ class QueryConditionedVQAOutput(ModelOutput):
     Args:
         loss: weighted sum of the parts, a scalar; given `labels`.
         loss_answer: cross-entropy, or binary cross-entropy summed over the answers, of the questions' mean.
-        loss_relevance: divergence (KL) of the last layer's relevance from its target, mean over the questions that
-            have one; given `relevance_targets`.
+        loss_relevance: divergence (KL) of relevance from its target, mean over the targets that are known; given
+            `relevance_targets`.
         logits: `(questions, num_labels)`.
         relevance: where each layer looked, `(questions, num_layers, patches)`; sums to 1 over the patches.
         word_attention: the words by which each layer chose, `(questions, num_layers, words)`; likewise.
@@ -255,7 +255,8 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             image_index: the image of each question, `(questions,)`; without it question i is about image i, and a
                 single image is that of all questions.
             labels: answers `(questions,)`, or the score of each answer `(questions, num_labels)`.
-            relevance_targets: where to look, `(questions, patches)`, each sums to 1, or to 0 where unknown.
+            relevance_targets: where the last layer should look, `(questions, patches)`, or the first and the last one,
+                `(questions, 2, patches)`. Each sums to 1, or to 0 where unknown.
 
         Raises:
             ValueError: an input is missing, or numbers do not agree.
@@ -277,7 +278,7 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             patch_mask = None if patch_mask is None else patch_mask.gather(1, seen.kept)
         logits = self.head(seen.last_hidden_state, seen.query, relevance, patch_mask)
         return QueryConditionedVQAOutput(
-            **self._losses(logits, seen.relevance[:, -1], labels, relevance_targets),
+            **self._losses(logits, seen.relevance, labels, relevance_targets),
             logits=logits,
             relevance=seen.relevance,
             word_attention=seen.word_attention,
@@ -323,11 +324,10 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             losses = {"loss_answer": nn.functional.cross_entropy(logits, labels)}
         loss = losses["loss_answer"]
         if relevance_targets is not None:
-            known = relevance_targets.sum(1) > 0
-            divergence = nn.functional.kl_div(
-                relevance.float().clamp(min=1e-8).log(), relevance_targets, reduction="none"
-            )
-            losses["loss_relevance"] = divergence.sum(1).mul(known).sum() / known.sum().clamp(min=1)
+            taught = relevance[:, [0, -1]] if relevance_targets.dim() == 3 else relevance[:, -1]
+            known = relevance_targets.sum(-1) > 0
+            divergence = nn.functional.kl_div(taught.float().clamp(min=1e-8).log(), relevance_targets, reduction="none")
+            losses["loss_relevance"] = divergence.sum(-1).mul(known).sum() / known.sum().clamp(min=1)
             loss = loss + self.config.relevance_loss_weight * losses["loss_relevance"]
         return {"loss": loss, **losses}
 

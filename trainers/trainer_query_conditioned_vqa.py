@@ -101,7 +101,8 @@ class VQACollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values`, `input_ids`, `attention_mask`, `image_index`; `labels` `(questions, num_labels)`, the score
-        of each answer; `relevance_targets` `(questions, patches)` where any row has boxes."""
+        of each answer; where any row has boxes `relevance_targets` `(questions, patches)`, or, where rows have
+        `first_boxes` too, `(questions, 2, patches)`."""
         images, index = distinct_images(rows)
         if self.blind:
             images = [Image.new("RGB", image.size, "gray") for image in images]
@@ -116,9 +117,15 @@ class VQACollator:
         inputs["labels"] = labels
         boxes = boxes_in_shares(rows, images, index)
         if any(boxes):
-            maps = np.stack([boxes_to_map(some, *self.grid) for some in boxes])
-            inputs["relevance_targets"] = torch.from_numpy(maps).float().flatten(1)
+            inputs["relevance_targets"] = self._maps(boxes)
+            if all("first_boxes" in row for row in rows):
+                first = self._maps(boxes_in_shares(rows, images, index, "first_boxes"))
+                inputs["relevance_targets"] = torch.stack((first, inputs["relevance_targets"]), dim=1)
         return inputs
+
+    def _maps(self, boxes: Sequence[Sequence[Sequence[float]]]) -> torch.Tensor:
+        maps = np.stack([boxes_to_map(some, *self.grid) for some in boxes])
+        return torch.from_numpy(maps).float().flatten(1)
 
 
 def distinct_images(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Image.Image], list[int]]:
@@ -140,13 +147,13 @@ def as_image(stored: Any) -> Image.Image:
 
 
 def boxes_in_shares(
-    rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], index: Sequence[int]
+    rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], index: Sequence[int], column: str = "boxes"
 ) -> list[list[list[float]]]:
-    """The boxes of each row, in pixels of its image, as shares of the image's sides, cut at its edges."""
+    """The boxes in a column of each row, in pixels of its image, as shares of the image's sides, cut at its edges."""
     return [
         [
             [min(max(edge / side, 0.0), 1.0) for edge, side in zip(box, images[image].size * 2, strict=True)]
-            for box in row.get("boxes") or ()
+            for box in row.get(column) or ()
         ]
         for row, image in zip(rows, index, strict=True)
     ]
@@ -264,8 +271,10 @@ class VQATrainer(RegardTrainer):
         images, places = move_images(images, self.args.augment_flip, self.args.augment_shift)
         inputs = {**inputs, "pixel_values": (images - self._mean) / self._std}
         if "relevance_targets" in inputs:
-            maps = inputs["relevance_targets"].unflatten(1, self.grid)
-            inputs["relevance_targets"] = move_maps(maps, places[inputs["image_index"]]).flatten(1)
+            maps = inputs["relevance_targets"]
+            places = places[inputs["image_index"]].repeat_interleave(maps[0].numel() // maps.shape[-1], dim=0)
+            moved = move_maps(maps.flatten(0, -2).unflatten(1, self.grid), places)
+            inputs["relevance_targets"] = moved.reshape(maps.shape)
         return inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -280,6 +289,7 @@ class VQATrainer(RegardTrainer):
         scores = labels.gather(1, outputs.logits.argmax(-1, keepdim=True))
         touches = torch.full_like(scores, -1.0)
         if (targets := inputs.get("relevance_targets")) is not None:
+            targets = targets[:, -1] if targets.dim() == 3 else targets
             hit = targets.gather(1, outputs.relevance[:, -1].argmax(-1, keepdim=True)) > 0
             touches = torch.where(targets.sum(1, keepdim=True) > 0, hit.to(scores.dtype), touches)
         return loss.detach(), torch.cat((scores, touches), dim=1), labels.amax(1)
