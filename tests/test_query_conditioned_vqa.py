@@ -283,6 +283,10 @@ def test_losses_equal_their_formulas():
     torch.testing.assert_close(outputs.loss_relevance, (first - last[1, 9].log()) / 2)  # the third is unknown
     torch.testing.assert_close(outputs.loss, outputs.loss_answer + 2 * outputs.loss_relevance)
     assert model(**inputs, labels=torch.tensor([0, 1, 2])).loss_relevance is None
+    both = torch.stack((torch.zeros_like(targets), targets), dim=1)
+    both[2, 0, 7] = 1.0  # one look of the first layer is known, too
+    known = outputs.loss_relevance * 2 - outputs.relevance[2, 0, 7].log()
+    torch.testing.assert_close(model(**inputs, labels=soft, relevance_targets=both).loss_relevance, known / 3)
 
     model = make_model(problem_type="multi_label_classification")
     outputs = model(**inputs, labels=soft)

@@ -187,7 +187,14 @@ def test_answers_and_boxes_follow_from_the_words(asked):
             assert ATTRIBUTE_OF[expected] == kind.removeprefix("query_")
         if kind == "relate" or kind.startswith("query_"):
             assert len(row["boxes"]) == 1
+        if kind == "exist" or kind.startswith("query_"):
+            assert row["first_boxes"] == row["boxes"]
+        if kind in ("compare_number", "equal_attribute"):
+            assert all(box in row["boxes"] for box in row["first_boxes"])
+        if kind in ("relate", "equal_attribute"):
+            assert len(row["first_boxes"]) == 1
         if kind == "relate":  # the place matters
+            assert row["first_boxes"] != row["boxes"]
             words = re.split(" (?:left|right|above|below|to the|that is) ?", row["question"])[0]
             words = re.sub(rf"what |is |the |{WORD} (of )?", "", words)
             assert len(fitting(words, objects)) > 1

@@ -80,6 +80,11 @@ def test_a_batch_shows_an_image_once_and_where_to_look():
     torch.testing.assert_close(targets.sum((1, 2)), torch.ones(6))
     assert targets[0, :, 3:].sum() == 0  # a box on the left
     assert targets[4, :, :2].sum() == 0
+    for row, other in zip(rows, reversed(rows), strict=True):
+        row["first_boxes"] = other["boxes"]
+    both = VQACollator(make_processor(), {name: i for i, name in enumerate(ANSWERS)}, (5, 5))(rows)["relevance_targets"]
+    assert torch.equal(both[:, 1], targets.flatten(1))
+    assert torch.equal(both[:, 0], targets.flatten(1).flip(0))
 
 
 def test_answers_are_scored_as_in_vqa_v2():
@@ -212,6 +217,14 @@ def test_augmentation_moves_training_images_and_where_to_look(tmp_path):
     torch.testing.assert_close(maps.sum(1), torch.ones(16))
     assert (maps * (cells > 0)).sum(1).min() > 0.6
     assert (maps - inputs["relevance_targets"]).abs().sum(1).max() > 0.5
+
+    torch.manual_seed(3)
+    once = trainer._augment(dict(inputs))["relevance_targets"]
+    torch.manual_seed(3)
+    pair = torch.stack((inputs["relevance_targets"].flip(0), inputs["relevance_targets"]), dim=1)
+    twice = trainer._augment(inputs | {"relevance_targets": pair})["relevance_targets"]
+    torch.testing.assert_close(twice[:, 1], once)
+    assert twice.shape == pair.shape
 
 
 def test_maps_follow_their_images_exactly_by_whole_cells():

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as PILImage
 
 from regard.data.labelled_images import open_stored
-from regard.data.visual_questions import FEATURES, answer_vocabulary, load_visual_questions, run_program
+from regard.data.visual_questions import FEATURES, answer_vocabulary, first_look, load_visual_questions, run_program
 
 
 def write_image(path: Path, shade: int = 0) -> Path:
@@ -215,6 +215,26 @@ def test_programs_of_clevr(program, answer, referred):
         for entry in program
     ]
     assert run_program(named_type, SCENE) == (answer, referred)
+
+
+@pytest.mark.parametrize(
+    ("program", "looked"),
+    [
+        ([*RED, node("count", 1)], [0, 1]),
+        ([*BLUE, node("unique", 1), node("query_shape", 2)], [2]),
+        ([*BESIDE, node("unique", 4), node("query_color", 5)], [2]),  # what the others are left of
+        ([*BESIDE, node("count", 4)], [2]),
+        (SAME, [2]),
+        ([*TWO, node("greater_than", 2, 5)], [0, 1]),  # one side
+        ([*SAME, *BLUE[:1], node("query_color", 2), node("equal_color", 5, 7)], [0]),
+        (
+            [*BESIDE, *RED[:1], node("filter_shape", 5, value="sphere"), node("union", 4, 6), node("count", 7)],
+            [0, 1],
+        ),
+    ],
+)
+def test_what_to_look_at_first(program, looked):
+    assert first_look(program, SCENE) == looked
 
 
 def test_a_wrong_program_is_an_error():
