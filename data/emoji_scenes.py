@@ -33,6 +33,7 @@ from regard.data.rendered_text import FONTS_DIRS
 IMAGE_SIZE = 224
 COUNT_RANGES = ((0, 4), (5, 20), (20, 50))
 MIN_VISIBLE = 0.6
+GROUNDS = ("plain", "gradient", "noise", "clouds", "pattern")
 CATEGORIES_TABLE = Path(__file__).with_name("emoji_scenes.json")
 FONT = "NotoColorEmoji.ttf"
 FONT_PACKAGE = "fonts-noto-color-emoji"
@@ -54,11 +55,13 @@ class EmojiSceneDataset(Dataset):
     """Images of emoji, with the name of a category to be counted and a point for each object of it.
 
     A row is `{"pixel_values": PIL image, mode "RGB", "image_id": str, "category": str, "count": int, "points": [[x, y],
-    ...], "boxes": [[x0, y0, x1, y1], ...], "others": [str, ...]}`, in pixels of the image. `boxes` hold what is visible
-    of each object asked for, `points` are the boxes' centres, and both stand in `reading_order`. `others` are the plain
-    nouns of the other categories present.
+    ...], "boxes": [[x0, y0, x1, y1], ...], "others": [str, ...], "others_names": [str, ...], "others_points": [[[x, y],
+    ...], ...], "absent": str}`, in pixels of the image. `boxes` hold what is visible of each object asked for, `points`
+    are the boxes' centres, and both stand in `reading_order`. `others` are the plain nouns of the other categories
+    present, `others_names` the names to ask for them by, and `others_points` the points of each one's objects. `absent`
+    names a category of which, and of whose look-alikes, there is nothing.
 
-    The category is asked for by its short name or plain noun, singular or plural, at random ("cat face", "cat faces",
+    A category is asked for by its short name or plain noun, singular or plural, at random ("cat face", "cat faces",
     "cat", "cats") in the train split, and by the plural of its noun ("cats") in the others.
 
     Objects are 10 to 48 pixels long in an image of 224, the shorter the more there are, turned by up to 30 degrees, and
@@ -68,7 +71,7 @@ class EmojiSceneDataset(Dataset):
     `max_distractors`). The ground is plain, a gradient, noise, clouds, or a pattern of stripes or checks.
 
     Args:
-        split: "train", "validation" or "test"; no two have a category in common.
+        split: "train", "validation" or "test"; no two have a category in common, or draw the same rows.
         size: number of rows.
         seed: any integer.
         image_size: height and width in pixels; sizes of objects grow with it.
@@ -78,9 +81,12 @@ class EmojiSceneDataset(Dataset):
             them.
         max_distractors: how many objects of other categories there are at most.
         style: "noto"; or "twitter:FOLDER", FOLDER being the unpacked npm package.
+        categories: the split whose categories are drawn; default: `split`. "test" with the categories of "train" gives
+            new scenes of what was trained on.
+        grounds: kinds of ground that are drawn, of `GROUNDS`.
 
     Raises:
-        ValueError: there is no such split or style, or a number is too small or too large.
+        ValueError: there is no such split, style or ground, or a number is too small or too large.
         FileNotFoundError: the font or the folder is missing; the message says how to get it.
     """
 
@@ -95,9 +101,14 @@ class EmojiSceneDataset(Dataset):
         count_ranges: Sequence[tuple[int, int]] = COUNT_RANGES,
         max_distractors: int = 30,
         style: str = "noto",
+        categories: str | None = None,
+        grounds: Sequence[str] = GROUNDS,
     ):
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}.")
+        for name, value in (("split", split), ("categories", categories or split)):
+            if value not in SPLITS:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(SPLITS)}.")
+        if not grounds or set(grounds) - set(GROUNDS):
+            raise ValueError(f"grounds={grounds!r} must be some of {', '.join(GROUNDS)}.")
         if size < 0 or image_size < 64:
             raise ValueError(f"size={size} must be 0 or more, and image_size={image_size} 64 or more.")
         if not 0 <= min_objects <= max_objects <= _MOST or not 0 <= max_distractors <= _MOST:
@@ -116,6 +127,7 @@ class EmojiSceneDataset(Dataset):
             raise ValueError(f"count_ranges={count_ranges} has no count from {min_objects} to {max_objects}.")
         self.split, self.size, self.seed, self.image_size = split, size, seed, image_size
         self.max_distractors, self.style = max_distractors, style
+        self.categories, self.grounds = categories or split, tuple(grounds)
         _check_style(style)
 
     def __len__(self) -> int:
@@ -128,24 +140,36 @@ class EmojiSceneDataset(Dataset):
         count = rng.choice(rng.choices(self.counts, self.weights)[0])
         most = min(3, self.max_distractors)
         others = rng.randint(0 if count else min(1, most), most)
-        target, *distractors = _choose_categories(rng, self.split, others + 1)
+        target, *distractors = _choose_categories(rng, self.categories, others + 1)
         most = rng.choice((min(10, self.max_distractors), self.max_distractors))
-        numbers = _share(rng, rng.randint(others, most), others)
-        objects = [target] * count
-        for category, number in zip(distractors, numbers, strict=True):
-            objects += [category] * number
-        image, boxes = _draw(rng, objects, count, self.style, self.image_size)
-        points = [[(x0 + x1) / 2, (y0 + y1) / 2] for x0, y0, x1, y1 in boxes]
-        order = reading_order(points, self.image_size)
+        numbers = [count, *_share(rng, rng.randint(others, most), others)]
+        present = (target, *distractors)
+        objects = [category for category, number in zip(present, numbers, strict=True) for _ in range(number)]
+        image, boxes = _draw(rng, objects, self.style, self.image_size, self.grounds)
+        groups = []
+        for number in numbers:
+            group, boxes = boxes[:number], boxes[number:]
+            order = reading_order([_centre(box) for box in group], self.image_size)
+            groups.append([group[place] for place in order])
+        # Anything more is drawn after these, so that a seed's images, counts and categories stay what they are.
+        name, *others_names = [self._name(rng, category) for category in present]
+        absent = _choose_categories(rng, self.categories, 1, present)[0]
+        points, *others_points = [[_centre(box) for box in group] for group in groups]
         return {
             "pixel_values": image,
             "image_id": str(index),
-            "category": rng.choice(target.names) if self.split == "train" else target.names[-1],
+            "category": name,
             "count": count,
-            "points": [points[place] for place in order],
-            "boxes": [boxes[place] for place in order],
+            "points": points,
+            "boxes": groups[0],
             "others": [category.noun for category in distractors],
+            "others_names": others_names,
+            "others_points": others_points,
+            "absent": self._name(rng, absent),
         }
+
+    def _name(self, rng: random.Random, category: "Category") -> str:
+        return rng.choice(category.names) if self.split == "train" else category.names[-1]
 
 
 class Category(NamedTuple):
@@ -170,13 +194,13 @@ def categories(split: str) -> tuple[Category, ...]:
     )
 
 
-def _choose_categories(rng: random.Random, split: str, number: int) -> list[Category]:
-    """Categories of different families."""
-    chosen: dict[str, Category] = {}
-    while len(chosen) < number:
+def _choose_categories(rng: random.Random, split: str, number: int, besides: Sequence[Category] = ()) -> list[Category]:
+    """Categories of different families, and of others than those `besides`."""
+    chosen = {category.family: category for category in besides}
+    while len(chosen) < len(besides) + number:
         category = rng.choice(categories(split))
         chosen.setdefault(category.family, category)
-    return list(chosen.values())
+    return list(chosen.values())[len(besides) :]
 
 
 def _share(rng: random.Random, total: int, parts: int) -> list[int]:
@@ -242,14 +266,19 @@ class _Scene:
         return [float(edge) for edge in (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)]
 
 
+def _centre(box: Sequence[float]) -> list[float]:
+    x0, y0, x1, y1 = box
+    return [(x0 + x1) / 2, (y0 + y1) / 2]
+
+
 def _draw(
-    rng: random.Random, objects: Sequence[Category], count: int, style: str, image_size: int
+    rng: random.Random, objects: Sequence[Category], style: str, image_size: int, grounds: Sequence[str]
 ) -> tuple[Image.Image, list[list[float]]]:
-    """The image, and the boxes of the first `count` objects."""
+    """The image, and the objects' boxes."""
     generator = np.random.default_rng(rng.getrandbits(64))
     unit = image_size / IMAGE_SIZE
     colors = np.array([_mean_color(style, category.emoji) for category in dict.fromkeys(objects)] or [(0, 0, 0)])
-    scene = _Scene(_background(rng, generator, image_size, colors))
+    scene = _Scene(_background(rng, generator, image_size, colors, grounds))
     largest = min(_LARGEST, IMAGE_SIZE * math.sqrt(_FILLED / max(1, len(objects))))
     usual = rng.uniform(min(_USUAL, largest), largest)
     spread = rng.choice((1.1, 1.25, 1.6))
@@ -269,7 +298,8 @@ def _draw(
             if scene.lay(_patch(style, objects[index].emoji, size, degrees, light), size, candidates):
                 break
             size *= 0.9  # ever smaller, so that it ends
-    boxes = [scene.box(order.index(index)) for index in range(count)]
+    laid = [scene.box(place) for place in range(len(objects))]
+    boxes = [box for _, box in sorted(zip(order, laid, strict=True))]
     return Image.fromarray((np.clip(scene.pixels, 0, 255) + 0.5).astype(np.uint8)), boxes
 
 
@@ -365,7 +395,9 @@ def _font() -> ImageFont.FreeTypeFont:
     )
 
 
-def _background(rng: random.Random, generator: np.random.Generator, image_size: int, colors: np.ndarray) -> np.ndarray:
+def _background(
+    rng: random.Random, generator: np.random.Generator, image_size: int, colors: np.ndarray, grounds: Sequence[str]
+) -> np.ndarray:
     """`(image_size, image_size, 3)`, of muted colours that differ from those of the objects."""
 
     def color() -> np.ndarray:
@@ -374,7 +406,7 @@ def _background(rng: random.Random, generator: np.random.Generator, image_size: 
         return levels[nearest.argmax()]
 
     first = color()
-    kind = rng.choice(("plain", "gradient", "noise", "clouds", "pattern"))
+    kind = rng.choice(grounds)
     pixels = np.empty((image_size, image_size, 3), np.float32)
     pixels[:] = first
     ramp = np.linspace(-0.5, 0.5, image_size, dtype=np.float32)
@@ -405,6 +437,7 @@ def _background(rng: random.Random, generator: np.random.Generator, image_size: 
 __all__ = [
     "CATEGORIES_TABLE",
     "COUNT_RANGES",
+    "GROUNDS",
     "IMAGE_SIZE",
     "MIN_VISIBLE",
     "Category",

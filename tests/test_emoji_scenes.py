@@ -100,10 +100,10 @@ def test_a_category_is_asked_for_by_all_its_names_in_training_and_by_one_elsewhe
 def test_what_is_told_of_a_row_is_so(split, style):
     dataset = EmojiSceneDataset(split, 60, seed=7, style=style)
     by_name = {name: own for own in categories(split) for name in own.names}
-    by_noun = {own.noun: own for own in categories(split)}
     for index in range(60):
         row = dataset[index]
-        assert list(row) == ["pixel_values", "image_id", "category", "count", "points", "boxes", "others"]
+        names = ["pixel_values", "image_id", "category", "count", "points", "boxes"]
+        assert list(row) == [*names, "others", "others_names", "others_points", "absent"]
         assert (row["pixel_values"].mode, row["pixel_values"].size) == ("RGB", (224, 224))
         assert row["image_id"] == str(index)
         assert row["count"] == len(row["points"]) == len(row["boxes"]) <= 50
@@ -114,8 +114,74 @@ def test_what_is_told_of_a_row_is_so(split, style):
             assert max(x1 - x0, y1 - y0) < 68
         assert len(row["others"]) <= 3
         assert row["count"] or row["others"]
-        present = [by_noun[noun].family for noun in row["others"]] + [by_name[row["category"]].family]
+        assert [by_name[name].noun for name in row["others_names"]] == row["others"]
+        assert len(row["others_points"]) == len(row["others"])
+        for points in row["others_points"]:
+            assert points
+            assert reading_order(points, 224) == list(range(len(points)))
+            assert np.array(points).shape[1] == 2
+            assert not {tuple(point) for point in points} & {tuple(point) for point in row["points"]}
+        named = [row["category"], *row["others_names"], row["absent"]]
+        present = [by_name[name].family for name in named]
         assert len(set(present)) == len(present)
+        assert split == "train" or all(name == by_name[name].names[-1] for name in named)
+
+
+def test_other_categories_are_where_their_points_are(style):
+    """The middle of a disc has its category's colour, in differing light."""
+    dataset = EmojiSceneDataset("test", 40, seed=6, max_objects=4, max_distractors=10, style=style)
+    by_name = {own.names[-1]: own for own in categories("test")}
+    for index in range(40):
+        row = dataset[index]
+        pixels = np.asarray(row["pixel_values"], np.float32)
+        groups = zip([row["category"], *row["others_names"]], [row["points"], *row["others_points"]], strict=True)
+        for name, points in groups:
+            color = emoji_scenes._mean_color(style, by_name[name].emoji)
+            middles = [pixels[int(y), int(x)] for x, y in points]
+            assert all(np.abs(middle - color).max() < 45 for middle in middles)
+
+
+def test_rows_of_a_seed_stay_what_they_are(style):
+    """They were so before a row told of other and of absent categories; what is trained on should not change unseen."""
+    dataset = EmojiSceneDataset("train", 6, seed=11, style=style)
+    rows = [dataset[index] for index in range(6)]
+    assert [(row["category"], row["count"], row["others"]) for row in rows] == [
+        ("sandwich", 40, ["tiger", "peach", "letter"]),
+        ("cat face", 11, []),
+        ("kites", 7, []),
+        ("hammer", 35, []),
+        ("cow faces", 1, ["apple", "television", "peach"]),
+        ("burgers", 17, ["rhino", "egg"]),
+    ]
+    means = [np.asarray(row["pixel_values"]).mean() for row in rows]
+    assert means == pytest.approx([201.87, 212.22, 189.46, 218.94, 140.97, 184.30], abs=0.5)
+
+
+def test_new_scenes_of_trained_categories(style):
+    settings = {"size": 30, "seed": 0, "style": style}
+    dataset = EmojiSceneDataset("test", categories="train", **settings)
+    trained = {own.names[-1] for own in categories("train")}
+    rows = [dataset[index] for index in range(30)]
+    assert all({row["category"], *row["others_names"], row["absent"]} <= trained for row in rows)
+    seen = EmojiSceneDataset("train", **settings)
+    assert not {digest(row)[0] for row in rows} & {digest(seen[index])[0] for index in range(30)}
+    assert digest(EmojiSceneDataset("test", categories="test", **settings)[4]) == digest(
+        EmojiSceneDataset("test", **settings)[4]
+    )
+
+
+def test_grounds_are_of_the_kinds_asked_for(style):
+    def spread(grounds: tuple[str, ...]) -> np.ndarray:
+        """Of neighbouring pixels in a corner without objects, by row."""
+        dataset = EmojiSceneDataset(
+            "test", 12, image_size=128, max_objects=1, max_distractors=0, style=style, grounds=grounds
+        )
+        images = [np.asarray(dataset[index]["pixel_values"], np.float32) for index in range(12)]
+        return np.array([np.median(np.abs(np.diff(image, axis=0))) for image in images])
+
+    assert (spread(("plain",)) == 0).all()
+    assert (spread(("noise",)) > 1).all()
+    assert 0 < (spread(("plain", "noise")) == 0).mean() < 1
 
 
 class Recorded(emoji_scenes._Scene):
@@ -224,6 +290,11 @@ def test_wrong_arguments():
         EmojiSceneDataset(min_objects=5, max_objects=3)
     with pytest.raises(ValueError, match="no count from 60 to 70"):
         EmojiSceneDataset(min_objects=60, max_objects=70)
+    with pytest.raises(ValueError, match="categories='val' must be"):
+        EmojiSceneDataset("test", categories="val")
+    for grounds in ((), ("plain", "grass")):
+        with pytest.raises(ValueError, match="some of plain, gradient"):
+            EmojiSceneDataset(grounds=grounds)
     with pytest.raises(ValueError, match="noto or twitter:FOLDER"):
         EmojiSceneDataset(style="apple")
 
