@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from regard.data import emoji_scenes
-from regard.data.counting import load_counting, validate_points
+from regard.data.counting import validate_points
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_peers_beside_ours_and_alone(bench, tmp_path, capsys, monkeypatch):
         assert all(row["images"] == 2 and row["ms"] >= 0 for row in figures.values())
     alone = run(bench, tmp_path, "peers", *few)
     assert "ours" not in alone["plain, alone"]
-    del results["plain, alone"]["template"]["ms"], alone["plain, alone"]["template"]["ms"]
-    assert alone["plain, alone"]["template"] == results["plain, alone"]["template"]
+    templates = [part["plain, alone"]["template"] for part in (results, alone)]
+    assert templates[0] | {"ms": 0} == templates[1] | {"ms": 0}
     assert "| textured, among others | template |" in capsys.readouterr().out
 
 
@@ -154,7 +154,8 @@ def test_stamps_lie_apart(bench):
         image = bench.compose(stamp, number, random.Random(number))
         assert image.size == (224, 224)
         dark = np.asarray(image.convert("L")) < 60
-        assert 1 <= ndimage.label(dark)[1] <= number  # two may touch
+        labelled: Any = ndimage.label(dark)
+        assert 1 <= labelled[1] <= number  # two may touch
         assert dark.sum() > number * 100
 
 
@@ -211,8 +212,7 @@ def test_a_model_must_be_named(bench):
 def test_sample_scenes_have_their_points(root: Path):
     folder = root / "samples" / "counting"
     assert validate_points(folder) == []
-    rows = load_counting(folder, "train", validation_size=0)
     told = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
-    assert len(rows) == len(told) == 8
+    assert len(told) == 8
     assert all(row["count"] == len(row["points"]) for row in told)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
