@@ -213,7 +213,7 @@ class _Scene:
     """A picture that objects are laid on, each as long as it leaves enough of those below visible."""
 
     def __init__(self, ground: np.ndarray):
-        self.pixels = ground
+        self.pixels = ground.transpose(2, 0, 1).copy()  # by channel, which numpy computes on some times faster
         self.owner = np.full(ground.shape[:2], -1, np.int16)  # the uppermost object of each pixel
         self.placed = np.empty((0, 3), np.float32)  # x, y and size
         self.windows: list[tuple[int, int, int, int]] = []  # left, top, right, bottom
@@ -224,18 +224,18 @@ class _Scene:
         """Lay an object at the first of some centres where it can be, if there is one.
 
         Args:
-            patch: `(height, width, 4)`, premultiplied by alpha, 0 to 255.
+            patch: `(4, height, width)`, premultiplied by alpha, 0 to 255.
             size: its longer side before it was turned.
             candidates: `(n, 2)`, x and y.
         """
-        height, width = patch.shape[:2]
+        height, width = patch.shape[1:]
         corners = np.rint(candidates - (width / 2, height / 2)).astype(int)
         limit = np.subtract(self.owner.shape[::-1], (width, height))
         fitting = ((corners >= 0) & (corners <= limit)).all(1)
         x, y, sizes = self.placed.T
         apart = (candidates[:, :1] - x) ** 2 + (candidates[:, 1:] - y) ** 2
         fitting &= (apart >= (_APART * (sizes + size)) ** 2).all(1)
-        mask = patch[..., 3] >= min(_OPAQUE, patch[..., 3].max())
+        mask = patch[3] >= min(_OPAQUE, patch[3].max())
         for index in np.flatnonzero(fitting):
             left, top = corners[index]
             inside = np.s_[top : top + height, left : left + width]
@@ -248,9 +248,9 @@ class _Scene:
             ):
                 self.visible[: len(covered)] = map(operator.sub, self.visible, covered)
                 self.owner[inside][mask] = len(self.areas)
-                ground = self.pixels[inside]
-                ground *= 1 - patch[..., 3:] / 255
-                ground += patch[..., :3]
+                ground = self.pixels[:, *inside]
+                ground *= 1 - patch[3] / 255
+                ground += patch[:3]
                 self.areas.append(int(mask.sum()))
                 self.visible.append(self.areas[-1])
                 self.windows.append((left, top, left + width, top + height))
@@ -300,11 +300,11 @@ def _draw(
             size *= 0.9  # ever smaller, so that it ends
     laid = [scene.box(place) for place in range(len(objects))]
     boxes = [box for _, box in sorted(zip(order, laid, strict=True))]
-    return Image.fromarray((np.clip(scene.pixels, 0, 255) + 0.5).astype(np.uint8)), boxes
+    return Image.fromarray((np.clip(scene.pixels, 0, 255) + 0.5).astype(np.uint8).transpose(1, 2, 0).copy()), boxes
 
 
 def _patch(style: str, emoji: str, size: float, degrees: float, light: np.ndarray) -> np.ndarray:
-    """`(height, width, 4)`, premultiplied by alpha: a sprite, its longer side `size` pixels, turned, in a light."""
+    """`(4, height, width)`, premultiplied by alpha: a sprite, its longer side `size` pixels, turned, in a light."""
     level = next((level for level in _LEVELS if level >= size), _LEVELS[-1])
     sprite = _sprite(style, emoji, level)
     scale, angle = level / size, math.radians(degrees)
@@ -317,8 +317,8 @@ def _patch(style: str, emoji: str, size: float, degrees: float, light: np.ndarra
         d, e, (sprite.height - d * width - e * height) / 2,
     )  # fmt: skip
     turned = sprite.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    pixels = np.asarray(turned, np.float32)
-    pixels[..., :3] = np.minimum(pixels[..., :3] * light, pixels[..., 3:])
+    pixels = np.asarray(turned).transpose(2, 0, 1).astype(np.float32, order="C")
+    pixels[:3] = np.minimum(pixels[:3] * light[:, None, None], pixels[3])
     return pixels
 
 

@@ -2,15 +2,18 @@
 
 Four are of the test split of `regard.data.rendered_text`, four are drawn here in the manner of photographs and screens,
 in fonts of the test split. `clothes/` holds an image of each class of Fashion-MNIST's test set, `shapes/` and `scenes/`
-images to ask about.
+images to ask about, and `counting/` scenes to count in; `make_samples.py counting` draws these alone.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from regard.data.counting import POINTS_FILE
+from regard.data.emoji_scenes import EmojiSceneDataset
 from regard.data.fashion_mnist import load_fashion_mnist
 from regard.data.rendered_text import FONTS_TABLE, RenderedTextDataset, _find_fonts, _fonts_dirs
 from regard.data.scenes import SceneDataset
@@ -103,7 +106,26 @@ def scenes() -> None:
         data[10 * number]["pixel_values"].save(FOLDER / "scenes" / f"{number + 1}.png", optimize=True)
 
 
+def counting() -> None:
+    """New scenes of trained categories, few to many objects, and a second category to ask for in each."""
+    (FOLDER / "counting").mkdir(exist_ok=True)
+    rows = []
+    for number, (low, high) in enumerate(((2, 4), (6, 9), (14, 20), (30, 40)), 1):
+        data = EmojiSceneDataset(
+            "test", seed=2026, min_objects=low, max_objects=high, count_ranges=((low, high),), max_distractors=12,
+            categories="train", grounds=("plain", "gradient", "clouds"),
+        )  # fmt: skip
+        scene = next(row for row in map(data.__getitem__, range(number, 100)) if row["others"])
+        scene["pixel_values"].save(FOLDER / "counting" / f"{number}.png", optimize=True)
+        asked = ((scene["category"], scene["points"]), (scene["others_names"][0], scene["others_points"][0]))
+        for category, points in asked:
+            rows.append({"file_name": f"{number}.png", "category": category, "count": len(points), "points": points})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (FOLDER / "counting" / POINTS_FILE).write_text(lines, "utf-8")
+
+
 def main() -> None:
+    counting()
     clothes()
     shapes()
     scenes()
@@ -121,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    counting() if sys.argv[1:] == ["counting"] else main()

@@ -197,7 +197,7 @@ class Recorded(emoji_scenes._Scene):
         if laid:
             left, top, right, bottom = self.windows[-1]
             self.masks.append(np.zeros(self.owner.shape, bool))
-            self.masks[-1][top:bottom, left:right] = patch[..., 3] >= 64
+            self.masks[-1][top:bottom, left:right] = patch[3] >= 64
         return laid
 
 
