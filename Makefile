@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count train-read train-classify train-ask fonts clean
+.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count train-read train-classify train-ask train-count fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## create .venv with regard in it
 
-demo: $(VENV)/.installed ## read, classify and ask about the sample images, and draw what was seen where
+demo: $(VENV)/.installed ## read, classify, ask about and count in the sample images, and draw what was seen where
 	@echo "Reading the images of samples/ with the model that comes with regard:"
 	@echo
 	@$(BIN)/regard read samples/*.png samples/*.jpg --draw demo/read
@@ -26,9 +26,14 @@ demo: $(VENV)/.installed ## read, classify and ask about the sample images, and 
 	@echo
 	@$(BIN)/regard ask samples/shapes "what shape is in the image?" "what color is the shape?" "is there a circle?" --draw demo/ask
 	@echo
+	@echo "Counting with a fourth what the images of samples/counting/ hold:"
+	@echo
+	@$(BIN)/regard count samples/counting/3.png pencils turtles --draw demo/count
+	@$(BIN)/regard count samples/counting/4.png helicopters --draw demo/count
+	@echo
 	@echo "demo/ holds a picture for each: the image, and beside it where the model looked and what it found there:"
 	@find demo -name '*.png' | sort | sed 's/^/  /'
-	@echo "Your own: $(BIN)/regard read IMAGE, $(BIN)/regard classify IMAGE, $(BIN)/regard ask IMAGE QUESTION    More: $(BIN)/regard --help"
+	@echo "Your own: $(BIN)/regard read IMAGE, $(BIN)/regard classify IMAGE, $(BIN)/regard ask IMAGE QUESTION, $(BIN)/regard count IMAGE THINGS    More: $(BIN)/regard --help"
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -59,6 +64,10 @@ bench-count: $(VENV)/.installed-bench ## measure counting: ranges, other counter
 	$(BIN)/python benchmarks/count.py peers $(MODEL) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/count.py photographs $(MODEL) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/count.py cost $(MODEL) $(BENCH_ARGS)
+
+train-count: $(VENV)/.installed-dev ## train sequential-attention-counting-tiny again, or go on where it stopped (TRAIN_ARGS: flags)
+	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/torchrun --nproc_per_node 2 -m regard.train trainers/configs/sequential_attention_counting_tiny.yaml $(TRAIN_ARGS)
 
 train-ask: $(VENV)/.installed-dev ## train query-conditioned-vqa-easy again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
