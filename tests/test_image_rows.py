@@ -61,7 +61,7 @@ def test_files_of_rows(folder, name):
     table = Dataset.from_dict({"file_name": ["a/one.png", "b/one.png"], "question": ["what?", "007"], "other": [1, 2]})
     path = folder / name
     {
-        ".jsonl": lambda: write_rows(path, list(table)),
+        ".jsonl": lambda: write_rows(path, table.to_list()),
         ".json": lambda: table.to_json(path),
         ".csv": lambda: table.to_csv(path, index=False),
         ".parquet": lambda: table.to_parquet(path),
