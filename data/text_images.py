@@ -102,7 +102,7 @@ def _read_folder(folder: Path, columns: dict[str, str]) -> Dataset:
     boxes_name = columns.get("boxes", "boxes")
     table: dict[str, list[Any]] = {"pixel_values": [], "text": [], "boxes": []}
     try:
-        for place, row in _rows(found[0]):
+        for place, row in read_rows(found[0]):
             for name in names.values():
                 if not isinstance(row.get(name), str):
                     raise ValueError(f"{place}: no string {name!r}; found {', '.join(map(str, row)) or 'nothing'}")
@@ -124,8 +124,12 @@ def _read_folder(folder: Path, columns: dict[str, str]) -> Dataset:
     return Dataset.from_dict(table, features=features)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`file, line n` and the row, for each row of a JSON lines or CSV file."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `file, line n` and the row, for each row of a JSON lines or CSV file; values of a CSV are strings.
+
+    Raises:
+        ValueError: a row is damaged; the message names the file and line.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             reader = csv.DictReader(file, restkey="", strict=True)
@@ -203,4 +207,4 @@ def _decode(batch: dict[str, list[Any]], skip_damaged: bool = False) -> dict[str
     return {name: [values[row] for row in kept] for name, values in batch.items()}
 
 
-__all__ = ["METADATA_FILES", "load_text_images"]
+__all__ = ["METADATA_FILES", "load_text_images", "read_rows"]

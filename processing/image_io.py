@@ -152,7 +152,7 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(_walk(path), key=lambda file: _natural_key(file.relative_to(path)))
+        inside = sorted(sorted(_walk(path)), key=lambda file: _natural_key(file.relative_to(path)))
         if not inside:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise ImageReadError(f"{path}: no images in this folder; give one with files that end in {suffixes}")

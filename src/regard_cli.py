@@ -21,6 +21,8 @@ examples:
   regard read scans/ --draw seen/            also draw each character where the model looked
   regard classify photo.jpg                  print what the image shows, with probabilities
   regard ask photo.jpg "what colour is it?"  answer questions about an image
+  regard predict --model my-model --dataset mine/ --output out/
+                                             the same for any number of images, into Parquet files
   regard train my.yaml                       train a model; my.yaml names model, data and settings
   regard evaluate my-model --dataset mine/   measure a model on labelled images
   regard info my-model                       say what a model is and how good it was measured to be
@@ -141,6 +143,39 @@ examples:
   regard evaluate qavit-tiny-fashion-mnist --dataset fashion-mnist
   regard evaluate query-conditioned-vqa-easy --dataset easy-vqa"""
 
+PREDICT_EPILOG = """\
+Does to every row of a data set what the model is for: reads the image, classifies it, or answers the row's question.
+However many rows there are, they are read as they are needed, and images as they are used.
+
+SOURCE:
+  a folder      of images, which are searched; or one with metadata.jsonl or metadata.csv
+  a file        of rows: .jsonl, .csv, .json or .parquet, with columns image (or file_name: a path from the file's
+                folder, or an address), and for a model that answers, question
+  a data set    of the Hub, OWNER/NAME, or in a folder, as `datasets` reads it
+
+DIR gets part-00000.parquet, part-00001.parquet, ..., each with the results of --shard-size rows. Columns:
+  index, id     the row's number, from 0, and the path of its image, or what --columns id=... names
+  text, score, characters      of a model that reads; characters: [{character, score, box}]
+  labels        of a classifier: [{label, score}]
+  question, answers            of a model that answers; answers: [{answer, score}]
+  error         why there is no result, as of an image that cannot be read; null otherwise
+
+A part appears when it is complete. Whatever ends a run, the same command goes on after the parts that are there, on any
+number of processes, devices and machines; no row is lost or doubled. DIR/manifest.json holds the settings, and a run
+with others is refused. To have a part done again, delete it. On several devices, or machines that share DIR:
+  accelerate launch -m regard.predict --model MODEL --dataset SOURCE --output DIR
+
+exit codes:
+  0  every row has its result
+  1  every row is done, some have an error instead of a result
+  2  not all rows are done: wrong arguments, no model, no data, DIR belongs to other settings, or it broke off
+
+examples:
+  regard predict --model image-text-slot-5m --dataset scans/ --output texts/
+  regard predict --model runs/answers --dataset asked.jsonl --columns image=photo --top-k 3 --output answers/
+  accelerate launch --num_processes 8 -m regard.predict --model runs/photos --dataset me/photos --output labels/
+  python -c "import datasets
+  print(datasets.load_dataset('parquet', data_files='texts/*.parquet', split='train')[0]['text'])\""""
 
 EXPORT_EPILOG = """\
 DIR gets weights, configuration, processor, card and figures, byte for byte, and nothing else that lies in MODEL, such
@@ -211,6 +246,14 @@ def question(text: str) -> str:
     return text
 
 
+def column(text: str) -> tuple[str, str]:
+    """An argument NAME=OWN."""
+    name, equals, own = text.partition("=")
+    if not (name and equals and own):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OWN, such as image=photo")
+    return name, own
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each sets `run`, the "module:function" that does it and returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -274,6 +317,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-k", type=positive, default=1, metavar="N", help="answers to tell, from the most probable (default: 1)"
     )
     add_computing(ask, 16)
+
+    predict = add_verb("predict", "regard.predict:run", "run a model on a whole data set", PREDICT_EPILOG)
+    predict.add_argument(
+        "--model", required=True, metavar="MODEL", help="a folder, a Hub repository or the name of a bundled model"
+    )
+    predict.add_argument(
+        "--dataset", required=True, metavar="SOURCE", help="a folder, a file, or a data set of the Hub"
+    )
+    predict.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder of this run's own, new or to go on with"
+    )
+    predict.add_argument("--split", help="which part of the data set (default: the only one)")
+    predict.add_argument("--config", metavar="NAME", help="which configuration of a data set of the Hub")
+    predict.add_argument(
+        "--columns", type=column, nargs="+", metavar="NAME=OWN",
+        help="the data's own names of image, id and question, such as image=photo",
+    )  # fmt: skip
+    predict.add_argument(
+        "--top-k", type=positive, metavar="N", help="classes or answers to tell (default: 5 classes, 1 answer)"
+    )
+    predict.add_argument("--shard-size", type=positive, default=1000, metavar="N", help="rows a part (default: 1000)")
+    add_computing(predict, 32)
 
     train = add_verb(
         "train",

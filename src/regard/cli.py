@@ -88,7 +88,7 @@ class Worker:
         CheckpointError: the model cannot be loaded, or is not one for this verb.
     """
 
-    verb: ClassVar[str]
+    verb: str  # see `regard.hub.load`
     columns: ClassVar[tuple[str, ...]]  # of the CSV, after the path
 
     def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int):
@@ -243,11 +243,18 @@ def open_output(path: str | None) -> Iterator[TextIO]:
     yield sys.stdout
 
 
-def progress_bar(total: int, unit: str = "image") -> tqdm:
-    """A bar on standard error, if there is more than one thing to do; in a log it is a line every ten seconds."""
+def progress_bar(total: int | None, unit: str = "image", hidden: bool = False) -> tqdm:
+    """A bar on standard error, if there is more than one thing to do; in a log it is a line every ten seconds.
+
+    Args:
+        total: number of things to do; None is unknown.
+        unit: one of them.
+        hidden: show none.
+    """
+    hidden = hidden or (total is not None and total < 2)
     if sys.stderr.isatty():
-        return tqdm(total=total, unit=unit, disable=total < 2, file=sys.stderr)
-    return tqdm(total=total, unit=unit, disable=total < 2, file=_Lines(), mininterval=10, maxinterval=10)
+        return tqdm(total=total, unit=unit, disable=hidden, file=sys.stderr)
+    return tqdm(total=total, unit=unit, disable=hidden, file=_Lines(), mininterval=10, maxinterval=10)
 
 
 class _Lines(io.TextIOBase):
