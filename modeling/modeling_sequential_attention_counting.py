@@ -156,6 +156,9 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         if missing := sorted(name for name in info["missing_keys"] if name.startswith("vlm.")):
             raise ValueError(f"{source} lacks {len(missing)} weights of the backbone, {missing[0]} among them")
         model._weight_conversions = None  # or it would save the published names
+        for name, child in model.named_children():
+            if name not in cls.backbone_modules:
+                child.float()  # what was not loaded has been made in the precision of the rest
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:

@@ -81,8 +81,6 @@ class CountModelArguments(OverridingModelArguments):
             name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
             if not self.lora_rank:
                 raise SettingsError(f"{name}: quantized weights cannot learn; give them adapters, e.g. lora_rank: 16")
-            if importlib.util.find_spec("bitsandbytes") is None:
-                raise SettingsError(f'{name}: needs bitsandbytes; install it by pip install "regard[quantization]"')
 
 
 @dataclass
@@ -158,13 +156,15 @@ def make_model(
     """The model to train, with adapters where they are asked for, and its processor.
 
     Raises:
-        SettingsError: `init_from` holds adapters only.
+        SettingsError: `init_from` holds adapters only, or bitsandbytes is missing.
         ValueError: `vlm` is another kind of model.
     """
     overrides = cast(dict[str, Any], model_args.config_overrides)
     # Weights that stay as they are need no more than the precision they are computed with.
     options: dict[str, Any] = {"dtype": "bfloat16" if model_args.lora_rank and training_args.bf16 else "float32"}
     if model_args.load_in_4bit or model_args.load_in_8bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise SettingsError('load_in_4bit, load_in_8bit: pip install "regard[quantization]" first')
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=model_args.load_in_4bit,
             load_in_8bit=model_args.load_in_8bit,
