@@ -6,14 +6,17 @@ the cells and "no more". A cell that was pointed at, and cells that point to wha
 the memory grows. The memory is an object that goes in and comes out, like a cache, so that rows are independent.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 from transformers.utils.generic import can_return_tuple
 
 from regard.configuration.configuration_sequential_attention_counting import SequentialAttentionCountingConfig
@@ -43,6 +46,13 @@ from regard.modeling.counting_outputs import (
 )
 from regard.modeling.picture_patches import draw_marks, pictures_of
 
+# What published backbones call their parts, before and since transformers 4.52, with and without a language model head.
+_PUBLISHED_NAMES = {
+    r"^(?:model\.)?visual\.": "vlm.visual.",
+    r"^(?:model\.)?language_model\.": "vlm.language_model.",
+    r"^model\.(?!visual\.|language_model\.)": "vlm.language_model.",
+}
+
 
 class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
     config: SequentialAttentionCountingConfig
@@ -53,9 +63,10 @@ class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the losses are means of their own
     _no_split_modules = ["EvidenceLayer", "Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"]
     _supports_sdpa = True
-    # What is new beside the backbone: never quantized.
+    # What is new beside the backbone: never quantized, and in full precision beside one in half.
     _keep_in_fp32_modules = ["stem", "evidence", "heads", "step_tokens", "token_proj", "step_proj", "look"]
-    no_weight_decay = ("none_token", "step_tokens", "gate")  # read by regard's trainers
+    _keep_in_fp32_modules_strict = _keep_in_fp32_modules
+    no_weight_decay = ("none_token", "step_tokens.weight", "gate")  # read by regard's trainers
     backbone_modules = ("vlm",)  # likewise
 
     @torch.no_grad()
@@ -64,6 +75,9 @@ class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.LayerNorm):  # ChannelNorm too, which the parent does not know by its name
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM):
             for name in ("weight_ih_l0", "weight_hh_l0"):
                 init.trunc_normal_(module.get_parameter(name), std=std or module.hidden_size**-0.5)
@@ -77,7 +91,7 @@ class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
             init.zeros_(module.reach.bias)
             init.constant_(module.suppression, 8.0)
         elif isinstance(module, SequentialAttentionCountingModel):
-            init.normal_(module.step_tokens, std=0.02)
+            init.normal_(module.step_tokens.weight, std=0.02)
 
 
 class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedModel):
@@ -86,8 +100,8 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
     def __init__(self, config: SequentialAttentionCountingConfig):
         super().__init__(config)
         vlm: Any = config.vlm_config
+        self.step_tokens = nn.Embedding(NUM_STEP_TOKENS, vlm.text_config.hidden_size)  # a module, for peft to save
         self.vlm = AutoModel.from_config(vlm)
-        self.step_tokens = nn.Parameter(torch.zeros(NUM_STEP_TOKENS, vlm.text_config.hidden_size))
         self.stem = FineStem(config)
         self.token_proj = nn.Linear(vlm.text_config.hidden_size, config.hidden_size)
         self.step_proj = nn.Linear(vlm.text_config.hidden_size, config.hidden_size)
@@ -98,21 +112,55 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
 
     @classmethod
     def from_vlm_pretrained(
-        cls, source: str, config: SequentialAttentionCountingConfig | None = None, **kwargs
+        cls, source: str | Path, config: SequentialAttentionCountingConfig | None = None, **kwargs
     ) -> "SequentialAttentionCountingModel":
         """A new model around a published Qwen2-VL or Qwen2.5-VL.
 
         Args:
             source: folder or Hub repository.
             config: of the rest; its `vlm_config` gives way to the published one.
-            kwargs: of `from_pretrained`, such as `dtype`.
+            kwargs: of `from_pretrained`, such as `dtype`, and `quantization_config`, which spares what is new.
+
+        Raises:
+            ValueError: the source is another kind of model, or lacks weights.
         """
-        vlm: Any = AutoModel.from_pretrained(source, **kwargs)
-        settings = {} if config is None else config.to_dict()
-        settings["vlm_config"] = vlm.config
-        model = cls(SequentialAttentionCountingConfig(**settings))
-        model.vlm = vlm
-        return model
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+        vlm = AutoConfig.from_pretrained(source, **hub)
+        if vlm.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise ValueError(f"{source} is a {vlm.model_type}; give a Qwen2-VL or Qwen2.5-VL")
+        settings: dict[str, Any] = {} if config is None else config.to_dict()
+        settings["vlm_config"] = vlm
+        return cls._around_published(source, SequentialAttentionCountingConfig(**settings), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config=None, **kwargs
+    ) -> "SequentialAttentionCountingModel":
+        """As every model; a folder of adapters (`regard train --lora_rank`) names where its backbone is published."""
+        folder = Path(str(pretrained_model_name_or_path))
+        if not ((folder / ADAPTER_CONFIG_NAME).is_file() and (folder / CONFIG_NAME).is_file()):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        kwargs["adapter_kwargs"] = (kwargs.get("adapter_kwargs") or {}) | {"_adapter_model_path": str(folder)}
+        return cls._around_published(base, config or cls.config_class.from_pretrained(folder), **kwargs)
+
+    @classmethod
+    def _around_published(cls, source: str | Path, config: Any, output_loading_info: bool = False, **kwargs) -> Any:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # all that is new would be reported as missing
+        try:
+            model, info = cast(Any, super()).from_pretrained(
+                source, config=config, key_mapping=_PUBLISHED_NAMES, output_loading_info=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith("vlm.")):
+            raise ValueError(f"{source} lacks {len(missing)} weights of the backbone, {missing[0]} among them")
+        model._weight_conversions = None  # or it would save the published names
+        for name, child in model.named_children():
+            if name not in cls.backbone_modules:
+                child.float()  # what was not loaded has been made in the precision of the rest
+        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -193,13 +241,13 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         present = torch.arange(tokens.shape[1], device=tokens.device) < merged[:, None]
         embeddings = embeddings.masked_scatter(
             is_image[..., None], tokens[image_index][present].to(embeddings.dtype)
-        ).masked_scatter(is_step[..., None], self.step_tokens.to(embeddings.dtype).repeat(len(input_ids), 1))
+        ).masked_scatter(is_step[..., None], self.step_tokens.weight.to(embeddings.dtype).repeat(len(input_ids), 1))
         positions, _ = self.vlm.get_rope_index(
             input_ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid_thw, attention_mask=attention_mask
         )
         features = self.vlm.language_model(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        ).last_hidden_state.to(self.step_proj.weight.dtype)
         steps = self.step_proj(features[is_step].unflatten(0, (-1, NUM_STEP_TOKENS)))  # (rows, 3, hidden_size)
         conditioned = self.token_proj(features[is_image])
         return self._scene(cells[image_index], grid, grid_thw, conditioned.split(merged.tolist()), steps)
@@ -268,7 +316,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
 
     def reset_memory(self, batch_size: int, num_cells: int = 0) -> CountingMemory:
         """An empty memory for some rows of scenes that have so many cells."""
-        size, device = self.config.hidden_size, self.step_tokens.device
+        size, device = self.config.hidden_size, self.step_tokens.weight.device
         state = torch.zeros(batch_size, size, device=device, dtype=self.step_proj.weight.dtype)
         return CountingMemory(
             hidden=state,

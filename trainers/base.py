@@ -1,11 +1,13 @@
 """What the trainers of all models share: which parameters learn how, and a log of each part of the loss."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -60,12 +62,17 @@ class MuonWithOptimizer(torch.optim.Optimizer):
         return loss
 
 
+def own_name(name: str) -> str:
+    """What a model itself calls a parameter or module that peft has wrapped."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
 class RegardTrainer(Trainer):
     """`transformers.Trainer` that decays matrices only and logs the mean of every output field named `loss_*`.
 
     The stock trainer decays everything that is not a bias or in a norm: learned tokens and LayerScale too. A model
     names its learned tokens in `no_weight_decay`, and in `backbone_modules` the encoders that may have a learning rate
-    of their own.
+    of their own. A `PeftModel` around it learns likewise, and is saved as adapters with the model's configuration.
     """
 
     args: RegardTrainingArguments
@@ -79,11 +86,11 @@ class RegardTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters under weight decay: matrices and kernels that are not learned tokens."""
-        exempt = self.accelerator.unwrap_model(model).no_weight_decay
+        exempt = tuple(f".{name}" for name in self.accelerator.unwrap_model(model).no_weight_decay)
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and name.rpartition(".")[2] not in exempt
+            if parameter.dim() > 1 and not f".{own_name(name)}".endswith(exempt)
         ]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -93,13 +100,13 @@ class RegardTrainer(Trainer):
         matrices = {
             f"{name}.weight"
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "classifier"
+            if isinstance(module, nn.Linear) and own_name(name).rpartition(".")[2] != "classifier"
         }
         groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 uses_muon = bool(self.args.muon_learning_rate) and name in matrices
-                groups[name in decaying, name.startswith(backbone), uses_muon].append(parameter)
+                groups[name in decaying, own_name(name).startswith(backbone), uses_muon].append(parameter)
         scale = (self.args.backbone_learning_rate or self.args.learning_rate) / self.args.learning_rate
         return [
             {
@@ -139,6 +146,14 @@ class RegardTrainer(Trainer):
             if name.startswith("loss_"):
                 parts[name].append(value.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        network = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and isinstance(network, PeftModel):
+            config = copy.deepcopy(network.get_base_model().config)
+            vars(config).pop("quantization_config", None)  # how to load the rest again is free
+            config.save_pretrained(output_dir or self.args.output_dir)
 
     def _mean_parts(self, mode: str) -> dict[str, float]:
         """Means since the last call, over all processes."""

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import yaml
@@ -21,21 +21,16 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     HfArgumentParser,
-    PreTrainedConfig,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
-from regard.configuration.configuration_sequential_attention_counting import SequentialAttentionCountingConfig
-from regard.data.counting import load_counting
-from regard.data.emoji_scenes import EmojiSceneDataset
 from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.scenes import ANSWERS, SceneDataset
@@ -46,70 +41,21 @@ from regard.metrics.visual_question_answering.visual_question_answering import n
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTForImageClassification
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
-from regard.modeling.modeling_sequential_attention_counting import SequentialAttentionCountingModel
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
 from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
-from regard.processing.processing_sequential_attention_counting import (
-    STEP_TOKENS,
-    VISION_TOKENS,
-    SequentialAttentionCountingProcessor,
-)
 from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.processing.tokenization_question import train_question_tokenizer
+from regard.train_counting import CountDataArguments, CountModelArguments, build_sequential_attention_counting
+from regard.train_settings import ModelArguments, OverridingModelArguments, SettingsError
 from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
 from regard.trainers.trainer_qavit import QAViTTrainer, QAViTTrainingArguments
 from regard.trainers.trainer_query_conditioned_vqa import VQATrainer, VQATrainingArguments
-from regard.trainers.trainer_sequential_attention_counting import AlternatingCountTrainer, CountTrainingArguments
+from regard.trainers.trainer_sequential_attention_counting import CountTrainingArguments
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be used. The message names the setting and the mend."""
-
-
-@dataclass
-class ModelArguments:
-    """Which model is trained, and from where it starts."""
-
-    model: str = field(default="image_text_slot", metadata={"help": "which model to train"})
-    preset: str = field(default="5m", metadata={"help": "architecture of a new model"})
-    init_from: str | None = field(
-        default=None,
-        metadata={"help": "folder or Hub repository of a trained model to go on from, instead of a new one"},
-    )
-    attn_implementation: str = field(
-        default="sdpa",
-        metadata={"help": "how attention is computed: sdpa, or eager, which is faster in training on a CPU"},
-    )
-
-
-@dataclass
-class OverridingModelArguments(ModelArguments):
-    """Likewise, with what an ablation or a data set of another size changes."""
-
-    config_class: ClassVar[type[PreTrainedConfig]]
-
-    config_overrides: dict | str | None = field(
-        default=None,
-        metadata={"help": 'fields of the configuration that differ, as JSON, e.g. {"image_size": 28}'},
-    )
-
-    def __post_init__(self):
-        if isinstance(self.config_overrides, str):
-            try:
-                self.config_overrides = json.loads(self.config_overrides)
-            except json.JSONDecodeError as error:
-                raise SettingsError(f"config_overrides: not JSON ({error})") from error
-        self.config_overrides = self.config_overrides or {}
-        known = {field.name for field in fields(self.config_class)}
-        if not isinstance(self.config_overrides, dict):
-            raise SettingsError('config_overrides: write an object, such as {"image_size": 28}')
-        if unknown := sorted(set(self.config_overrides) - known):
-            raise SettingsError(f"config_overrides: {self.config_class.__name__} has no field {unknown[0]}")
 
 
 @dataclass
@@ -138,16 +84,6 @@ class VQAModelArguments(OverridingModelArguments):
         default=None,
         metadata={"help": "folder or Hub repository of a published vision encoder, with its image processor"},
     )
-
-
-@dataclass
-class CountModelArguments(OverridingModelArguments):
-    """Which SequentialAttentionCounting is trained."""
-
-    config_class = SequentialAttentionCountingConfig
-
-    model: str = field(default="sequential_attention_counting", metadata={"help": "which model to train"})
-    preset: str = field(default="tiny", metadata={"help": "architecture of a new model"})
 
 
 @dataclass
@@ -224,38 +160,6 @@ class VQADataArguments:
         default=None, metadata={"help": "answers that a new model knows: so many, the most frequent; default: all"}
     )
     generator_seed: int = field(default=0, metadata={"help": "seed of generated scenes"})
-
-
-@dataclass
-class CountDataArguments:
-    """What SequentialAttentionCounting learns to count: generated scenes, or your own."""
-
-    dataset: str = field(
-        default="emoji",
-        metadata={
-            "help": "emoji (generated scenes), fsc-147:FOLDER, a folder with points.jsonl, or a folder or Hub data set "
-            "with columns image, category and points"
-        },
-    )
-    train_split: str = field(default="train", metadata={"help": "split to learn from"})
-    eval_split: str = field(default="validation", metadata={"help": "split that chooses the best checkpoint"})
-    eval_categories: str | None = field(
-        default="train",
-        metadata={
-            "help": "split whose categories the generated scenes of `eval_split` hold; null: its own, unseen ones"
-        },
-    )
-    validation_size: int = field(
-        default=500, metadata={"help": "images held out of train, where there is no validation split"}
-    )
-    split_seed: int = field(default=0, metadata={"help": "seed that chooses the images held out"})
-    train_images: int | None = field(
-        default=None, metadata={"help": "learn from so many images only; default: all, a million of generated ones"}
-    )
-    eval_images: int = field(default=400, metadata={"help": "images to evaluate on, at most"})
-    generator_seed: int = field(default=0, metadata={"help": "seed of the generated scenes"})
-    min_objects: int = field(default=0, metadata={"help": "leave out images with fewer objects"})
-    max_objects: int = field(default=50, metadata={"help": "leave out images with more objects"})
 
 
 def build_image_text_slot(
@@ -379,57 +283,6 @@ def build_query_conditioned_vqa(
         | {name: attention for name, encoder in encoders.items() if attention == "eager" or encoder._supports_sdpa}
     )  # a ResNet has no attention, and would refuse
     return VQATrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
-
-
-def build_sequential_attention_counting(
-    model_args: CountModelArguments, data_args: CountDataArguments, training_args: CountTrainingArguments
-) -> Trainer:
-    """Model, data sets and trainer of SequentialAttentionCounting."""
-    overrides = cast(dict[str, Any], model_args.config_overrides)
-    limits: Any = {"min_objects": data_args.min_objects, "max_objects": data_args.max_objects}
-    train: Any
-    evaluation: Any
-    if data_args.dataset == "emoji":
-        seed = data_args.generator_seed
-        train = EmojiSceneDataset(
-            data_args.train_split, data_args.train_images or 1_000_000, seed, count_ranges=_COUNT_RANGES, **limits
-        )
-        evaluation = EmojiSceneDataset(
-            data_args.eval_split,
-            data_args.eval_images,
-            seed,
-            count_ranges=_COUNT_RANGES,
-            categories=data_args.eval_categories,
-            **limits,
-        )
-    else:
-        train, evaluation = (
-            load_counting(data_args.dataset, split, data_args.validation_size, data_args.split_seed, **limits)
-            for split in (data_args.train_split, data_args.eval_split)
-        )
-        train = train.select(range(min(data_args.train_images or len(train), len(train))))
-        evaluation = evaluation.select(range(min(data_args.eval_images, len(evaluation))))
-    if model_args.init_from is None:
-        model = SequentialAttentionCountingModel(
-            SequentialAttentionCountingConfig.from_preset(model_args.preset, **overrides)
-        )
-        vision = cast(Any, model.config.vlm_config).vision_config
-        processor = SequentialAttentionCountingProcessor(
-            Qwen2VLImageProcessorPil(
-                patch_size=vision.patch_size, size={"shortest_edge": 192 * 192, "longest_edge": 224 * 224}
-            ),
-            build_byte_tokenizer(reserved=[*VISION_TOKENS, *STEP_TOKENS]),
-        )
-    else:
-        source = resolve(model_args.init_from)
-        model = SequentialAttentionCountingModel.from_pretrained(source, dtype="float32", **overrides)
-        processor = SequentialAttentionCountingProcessor.from_pretrained(source)
-    model.set_attn_implementation(model_args.attn_implementation)
-    return AlternatingCountTrainer(model, training_args, processor, train_dataset=train, eval_dataset=evaluation)
-
-
-# Absent categories, and a quarter of the images each for few, some and many objects.
-_COUNT_RANGES = ((0, 0), (1, 4), (5, 20), (20, 50))
 
 
 def channel_statistics(data: Dataset, images: int = 2000) -> tuple[list[float], list[float]]:
