@@ -369,6 +369,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         image_index: torch.Tensor | None = None,
         images: CountingImages | None = None,
         max_objects: int | None = None,
+        done_threshold: float | None = None,
         return_attention_maps: bool = False,
         **kwargs,
     ) -> Iterator[tuple[torch.Tensor, SequentialAttentionCountingOutput]]:
@@ -377,6 +378,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         Args:
             pixel_values, image_grid_thw, input_ids, attention_mask, image_index, images: as `forward` takes them.
             max_objects: at most so many in a row; default: the configuration's `max_memory_objects`.
+            done_threshold: default: the configuration's.
             return_attention_maps: as `forward` takes it.
 
         Yields:
@@ -386,6 +388,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         if input_ids is None or (images is None) == (pixel_values is None):
             raise ValueError("Give input_ids, and either pixel_values with image_grid_thw, or images.")
         limit = self.config.max_memory_objects if max_objects is None else max_objects
+        threshold = self.config.done_threshold if done_threshold is None else done_threshold
         anew = self.config.marking == "image"
         if anew and pixel_values is None:
             raise ValueError('marking="image" encodes anew for each object: give pixel_values.')
@@ -401,7 +404,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         for number in range(limit + 1):
             outputs = self.step(scene, memory, return_attention_maps)
             yield active, outputs
-            going = cast(torch.Tensor, outputs.done)[:, 0] < self.config.done_threshold
+            going = cast(torch.Tensor, outputs.done)[:, 0] < threshold
             if number == limit or not going.any():
                 return
             chosen = cast(torch.Tensor, outputs.pointer_logits)[:, 0].argmax(-1)
@@ -419,20 +422,24 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
                 scene = self.encode_category(self.encode_image(*marked), input_ids[active], attention_mask[active])
 
     @torch.no_grad()
-    def count(self, *args, max_objects: int | None = None, **kwargs) -> list[CountedObjects]:
+    def count(
+        self, *args, max_objects: int | None = None, done_threshold: float | None = None, **kwargs
+    ) -> list[CountedObjects]:
         """Count to the end: one result a row. Takes what `stream` takes."""
         limit = self.config.max_memory_objects if max_objects is None else max_objects
+        threshold = self.config.done_threshold if done_threshold is None else done_threshold
+        steps = self.stream(*args, max_objects=limit, done_threshold=threshold, **kwargs)
         points: dict[int, list[tuple[float, float, float]]] = {}
         estimates: dict[int, float] = {}
         complete: dict[int, bool] = {}
-        for number, (active, outputs) in enumerate(self.stream(*args, max_objects=max_objects, **kwargs)):
+        for number, (active, outputs) in enumerate(steps):
             fields = (outputs["x"], outputs["y"], outputs["done"])
             found = torch.stack([field[:, 0].float() for field in fields], dim=-1).tolist()
             if not number:
                 estimates = dict(enumerate(outputs["count_estimate"].tolist()))
                 points = {row: [] for row in estimates}
             for row, (x, y, done) in zip(active.tolist(), found, strict=True):
-                complete[row] = done >= self.config.done_threshold
+                complete[row] = done >= threshold
                 if not complete[row] and number < limit:
                     points[row].append((x, y, 1 - done))
         return [
