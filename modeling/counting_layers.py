@@ -140,11 +140,14 @@ class Foveation(Gated):
             what is added to `steps`, and the weights of the cells, `(rows, steps, glimpses, cells)`.
         """
         where = self.where(steps.flatten(2)).float().unflatten(-1, (self.num_glimpses, 3)).sigmoid()
-        centre, width = where[..., None, :2], 0.03 + 0.3 * where[..., 2:]  # in shares of the image's sides
-        distance = (centre - places[:, None, None]).square().sum(-1)  # (rows, steps, glimpses, cells)
-        weights = (-distance / (2 * width.square())).masked_fill(~cell_mask[:, None, None], -1e4).softmax(-1)
-        seen = torch.einsum("rsgc,rcd->rsgd", weights.to(cells.dtype), cells)
-        return self.gate * self.proj(seen.flatten(2)).unflatten(-1, (NUM_STEP_TOKENS, -1)), weights
+        x, y, width = where.flatten(1, 2).unbind(-1)  # (rows, steps * glimpses), in shares of the image's sides
+        across, down = x[..., None] - places[:, None, :, 0], y[..., None] - places[:, None, :, 1]
+        distance = across * across + down * down  # (rows, steps * glimpses, cells)
+        width = 0.03 + 0.3 * width[..., None]
+        weights = (-distance / (2 * width * width)).masked_fill(~cell_mask[:, None], -1e4).softmax(-1)
+        seen = (weights.to(cells.dtype) @ cells).unflatten(1, (*steps.shape[1:2], self.num_glimpses))
+        added = self.gate * self.proj(seen.flatten(2)).unflatten(-1, (NUM_STEP_TOKENS, -1))
+        return added, weights.unflatten(1, (-1, self.num_glimpses))
 
 
 class CountedAttention(Gated):

@@ -12,8 +12,16 @@ VISITED = 1e4  # taken from the score of a cell that has been pointed at
 
 def nearest_cell(scene: CountingScene, points: torch.Tensor) -> torch.Tensor:
     """The cell that each point lies in, `(rows, points)`, of points in [0, 1] `(rows, points, 2)`."""
-    apart = (scene["places"][:, None] - points[:, :, None]) * scene["sides"][:, None, None]
-    return apart.square().sum(-1).masked_fill(~scene["cell_mask"][:, None], math.inf).argmin(-1)
+    rows, columns = scene["grid"][:, None].unbind(-1)
+    x, y = (points * scene["sides"][:, None]).long().unbind(-1)
+    return y.clamp(min=0).minimum(rows - 1) * columns + x.clamp(min=0).minimum(columns - 1)
+
+
+def offsets_between(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y from each of `(rows, n, 2)` to each of `(rows, m, 2)`: `(rows, n, m)` both, which is several times faster
+    to compute with than one tensor whose last dimension is 2."""
+    (x, y), (to_x, to_y) = first.unbind(-1), second.unbind(-1)
+    return to_x[:, None] - x[..., None], to_y[:, None] - y[..., None]
 
 
 def done_and_where_losses(
@@ -60,8 +68,9 @@ def location_losses(scene: CountingScene, objects: torch.Tensor) -> dict[str, to
     pointed at."""
     points, places, sides = scene["points"], scene["places"], scene["sides"][:, None]
     if objects.shape[1]:
-        apart = ((objects[:, None] - places[:, :, None]) * sides[:, None]).abs().amax(-1)  # (rows, cells, objects)
-        distance, nearest = apart.masked_fill(objects[:, None, :, 0] < 0, math.inf).min(-1)
+        x, y = offsets_between(objects * sides, places * sides)
+        apart = torch.maximum(x.abs(), y.abs())  # (rows, objects, cells)
+        distance, nearest = apart.masked_fill(objects[..., :1] < 0, math.inf).min(1)
         beside = (distance <= 1.5) & scene["cell_mask"]
         targets = objects.gather(1, nearest[..., None].expand(-1, -1, 2))
     else:
@@ -79,4 +88,4 @@ def count_loss(scene: CountingScene, objects: torch.Tensor) -> dict[str, torch.T
     }
 
 
-__all__ = ["VISITED", "count_loss", "done_and_where_losses", "location_losses", "nearest_cell"]
+__all__ = ["VISITED", "count_loss", "done_and_where_losses", "location_losses", "nearest_cell", "offsets_between"]

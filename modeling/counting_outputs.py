@@ -75,7 +75,8 @@ class CountingScene(ModelOutput):
         scores: of the cells, before any step, `(rows, cells)`.
         keys: of the cells, `(rows, cells, 2 * hidden_size)`.
         reach: how near to an object's point a cell must point to be of it, in cells, `(rows, cells)`.
-        sides: width and height of the image in cells, `(rows, 2)`.
+        grid: rows and columns of the cells, `(rows, 2)`.
+        sides: width and height of the image in cells, `(rows, 2)`; where they do not fill the last ones, less.
         steps: features of `<x>`, `<y>`, `<done>`, `(rows, 3, hidden_size)`.
         count_estimate: `(rows,)`.
     """
@@ -87,6 +88,7 @@ class CountingScene(ModelOutput):
     scores: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     reach: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
     sides: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     count_estimate: torch.Tensor | None = None

@@ -218,7 +218,9 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches `(images, patches, hidden_size)` of images `(images, channels, height, width)`, row by row."""
-        outputs: Any = self.vision_model(pixel_values.to(self.vision_proj.weight.dtype))
+        # Convolutions on a CPU are faster so, and others do not mind.
+        pixel_values = pixel_values.to(self.vision_proj.weight.dtype, memory_format=torch.channels_last)
+        outputs: Any = self.vision_model(pixel_values)
         if isinstance(self.config.vision_config, BackboneConfigMixin):
             features = outputs.feature_maps[-1]  # (images, channels, rows, columns)
             rows, columns = features.shape[2:]

@@ -32,6 +32,7 @@ from regard.modeling.counting_losses import (
     done_and_where_losses,
     location_losses,
     nearest_cell,
+    offsets_between,
 )
 from regard.modeling.counting_outputs import (
     CountedObjects,
@@ -257,6 +258,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
             scores=self.heads.score(seen).squeeze(-1).float().masked_fill(~mask, -VISITED),
             keys=self.heads.keys(seen),
             reach=nn.functional.softplus(self.heads.reach(seen).squeeze(-1).float()),
+            grid=grid,
             sides=sides,
             steps=steps,
             count_estimate=(density * mask).sum(-1),
@@ -278,14 +280,14 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
 
     def _suppress(self, scene: CountingScene, points: torch.Tensor, cell_index: torch.Tensor) -> torch.Tensor:
         """What each object takes from the cells' scores, `(rows, objects, cells)`."""
-        own, places = cast(torch.Tensor, scene.points), cast(torch.Tensor, scene.sides)
-        visited = torch.zeros(*cell_index.shape, own.shape[1], device=own.device)
+        visited = torch.zeros(*cell_index.shape, scene["cells"].shape[1], device=points.device)
         visited.scatter_(2, cell_index[..., None], VISITED)
         if self.config.marking == "image":
             return visited
-        apart = (own[:, None] - points[:, :, None]) * places[:, None, None]  # (rows, objects, cells, 2)
-        distance = (apart.square().sum(-1) + 1e-6).sqrt()
-        near = ((cast(torch.Tensor, scene.reach)[:, None] - distance) / 0.15).sigmoid()
+        sides = scene["sides"][:, None]
+        x, y = offsets_between(points * sides, scene["points"] * sides)  # (rows, objects, cells)
+        distance = (x * x + y * y + 1e-6).sqrt()
+        near = ((scene["reach"][:, None] - distance) / 0.15).sigmoid()
         return visited + self.heads.suppression * near
 
     def _remember(self, scene: CountingScene, points: torch.Tensor, cell_index: torch.Tensor) -> torch.Tensor | None:

@@ -108,3 +108,12 @@ def test_muon_follows_the_scheduler_and_goes_on_from_its_state(tmp_path):
     steps(again, resumed, [1, 2])
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_evaluation_leaves_nothing_out(tmp_path):
+    trainer = make_trainer(
+        tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=3, remove_unused_columns=False
+    )
+    rows: Any = [{"labels": row} for row in range(7)]
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader(rows)) == 7
+    assert trainer.args.dataloader_drop_last

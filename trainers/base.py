@@ -125,6 +125,13 @@ class RegardTrainer(Trainer):
                 self.optimizer = optimizer_class(groups, **kwargs)
         return super().create_optimizer(model)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:  # the stock trainer would leave the last samples out of the scores, too
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         parts = self._parts["train" if model.training else "eval"]
