@@ -341,10 +341,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--split", help="which part of the data (default: test, but all of your own texts)")
     evaluate.add_argument(
-        "--images", type=positive, metavar="N", help="at most so many images (default: 1000 a tier, or all)"
+        "--images",
+        type=positive,
+        metavar="N",
+        help="at most so many images (default: 1000 a tier of texts, 200 a kind of scenes, or all)",
     )
     evaluate.add_argument(
-        "--seed", type=int, default=0, help="of generated texts, and of a validation split held out (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of generated texts and scenes, and of a validation split held out (default: 0)",
     )
     evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
     add_computing(evaluate, 32)
