@@ -200,6 +200,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         features = self.vlm.language_model(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
+        features = features.to(self.step_proj.weight.dtype)  # which stays float32 where the backbone is float16
         steps = self.step_proj(features[is_step].unflatten(0, (-1, NUM_STEP_TOKENS)))  # (rows, 3, hidden_size)
         conditioned = self.token_proj(features[is_image])
         return self._scene(cells[image_index], grid, grid_thw, conditioned.split(merged.tolist()), steps)
@@ -295,6 +296,21 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
             return None
         cells = cast(torch.Tensor, scene.cells)
         return self.look.counted(cells.gather(1, cell_index[..., None].expand(-1, -1, cells.shape[2])), points)
+
+    def _remember_anew(self, scene: CountingScene, memory: CountingMemory) -> CountingMemory:
+        """The same memory of objects as they look in another encoding of the image, as in training."""
+        points, hidden, cell = memory["points"], memory["hidden"], memory["cell"]
+        counted = self._remember(scene, points, nearest_cell(scene, points))
+        if self.look.memory is not None:
+            _, (hidden, cell) = self.look.memory.lstm(counted)
+            hidden, cell = hidden[0], cell[0]
+        return CountingMemory(
+            hidden=hidden,
+            cell=cell,
+            counted=memory["counted"] if counted is None else counted,
+            points=points,
+            suppression=memory["suppression"],
+        )
 
     def step(
         self, scene: CountingScene, memory: CountingMemory, return_attention_maps: bool = False
@@ -422,6 +438,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
                     image_index[active],
                 )
                 scene = self.encode_category(self.encode_image(*marked), input_ids[active], attention_mask[active])
+                memory = self._remember_anew(scene, memory)
 
     @torch.no_grad()
     def count(
