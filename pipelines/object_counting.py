@@ -189,7 +189,10 @@ class ObjectCountingPipeline(ProcessorPipeline):
         ]
         size = torch.tensor(crops[0].size)
         sides = inputs["image_grid_thw"][0, [2, 1]].cpu() * self.processor.image_processor.patch_size
-        radius = SEAM * float((size / sides).max()) * self.model.config.cell_size
+        cell = float((size / sides).max()) * self.model.config.cell_size
+        shared = [2 * part - whole for part, whole in zip(crops[0].size, image.size, strict=True) if part < whole]
+        # Two objects on either side of what tiles share are no nearer than that is wide.
+        radius = min(SEAM * cell, min(shared) / 2)
         results = []
         for found in zip(*by_tile, strict=True):
             points, scores = merge_points(
