@@ -43,6 +43,8 @@ class SequentialAttentionCountingConfig(PreTrainedConfig):
             init_kwargs={
                 "text_config": {
                     "vocab_size": 512,
+                    "bos_token_id": 1,
+                    "eos_token_id": 2,
                     "hidden_size": 32,
                     "intermediate_size": 64,
                     "num_hidden_layers": 1,
@@ -135,6 +137,8 @@ _TINY: dict[str, Any] = {
         "model_type": "qwen2_vl",
         "text_config": {
             "vocab_size": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
             "hidden_size": 192,
             "intermediate_size": 512,
             "num_hidden_layers": 3,

@@ -247,7 +247,8 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         )
         features = self.vlm.language_model(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state.to(self.step_proj.weight.dtype)
+        ).last_hidden_state
+        features = features.to(self.step_proj.weight.dtype)  # which stays float32 where the backbone is float16
         steps = self.step_proj(features[is_step].unflatten(0, (-1, NUM_STEP_TOKENS)))  # (rows, 3, hidden_size)
         conditioned = self.token_proj(features[is_image])
         return self._scene(cells[image_index], grid, grid_thw, conditioned.split(merged.tolist()), steps)
@@ -344,6 +345,21 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         cells = cast(torch.Tensor, scene.cells)
         return self.look.counted(cells.gather(1, cell_index[..., None].expand(-1, -1, cells.shape[2])), points)
 
+    def _remember_anew(self, scene: CountingScene, memory: CountingMemory) -> CountingMemory:
+        """The same memory of objects as they look in another encoding of the image, as in training."""
+        points, hidden, cell = memory["points"], memory["hidden"], memory["cell"]
+        counted = self._remember(scene, points, nearest_cell(scene, points))
+        if self.look.memory is not None:
+            _, (hidden, cell) = self.look.memory.lstm(counted)
+            hidden, cell = hidden[0], cell[0]
+        return CountingMemory(
+            hidden=hidden,
+            cell=cell,
+            counted=memory["counted"] if counted is None else counted,
+            points=points,
+            suppression=memory["suppression"],
+        )
+
     def step(
         self, scene: CountingScene, memory: CountingMemory, return_attention_maps: bool = False
     ) -> SequentialAttentionCountingOutput:
@@ -419,6 +435,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         image_index: torch.Tensor | None = None,
         images: CountingImages | None = None,
         max_objects: int | None = None,
+        done_threshold: float | None = None,
         return_attention_maps: bool = False,
         **kwargs,
     ) -> Iterator[tuple[torch.Tensor, SequentialAttentionCountingOutput]]:
@@ -427,6 +444,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         Args:
             pixel_values, image_grid_thw, input_ids, attention_mask, image_index, images: as `forward` takes them.
             max_objects: at most so many in a row; default: the configuration's `max_memory_objects`.
+            done_threshold: default: the configuration's.
             return_attention_maps: as `forward` takes it.
 
         Yields:
@@ -436,6 +454,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         if input_ids is None or (images is None) == (pixel_values is None):
             raise ValueError("Give input_ids, and either pixel_values with image_grid_thw, or images.")
         limit = self.config.max_memory_objects if max_objects is None else max_objects
+        threshold = self.config.done_threshold if done_threshold is None else done_threshold
         anew = self.config.marking == "image"
         if anew and pixel_values is None:
             raise ValueError('marking="image" encodes anew for each object: give pixel_values.')
@@ -451,7 +470,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
         for number in range(limit + 1):
             outputs = self.step(scene, memory, return_attention_maps)
             yield active, outputs
-            going = cast(torch.Tensor, outputs.done)[:, 0] < self.config.done_threshold
+            going = cast(torch.Tensor, outputs.done)[:, 0] < threshold
             if number == limit or not going.any():
                 return
             chosen = cast(torch.Tensor, outputs.pointer_logits)[:, 0].argmax(-1)
@@ -467,22 +486,27 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
                     image_index[active],
                 )
                 scene = self.encode_category(self.encode_image(*marked), input_ids[active], attention_mask[active])
+                memory = self._remember_anew(scene, memory)
 
     @torch.no_grad()
-    def count(self, *args, max_objects: int | None = None, **kwargs) -> list[CountedObjects]:
+    def count(
+        self, *args, max_objects: int | None = None, done_threshold: float | None = None, **kwargs
+    ) -> list[CountedObjects]:
         """Count to the end: one result a row. Takes what `stream` takes."""
         limit = self.config.max_memory_objects if max_objects is None else max_objects
+        threshold = self.config.done_threshold if done_threshold is None else done_threshold
+        steps = self.stream(*args, max_objects=limit, done_threshold=threshold, **kwargs)
         points: dict[int, list[tuple[float, float, float]]] = {}
         estimates: dict[int, float] = {}
         complete: dict[int, bool] = {}
-        for number, (active, outputs) in enumerate(self.stream(*args, max_objects=max_objects, **kwargs)):
+        for number, (active, outputs) in enumerate(steps):
             fields = (outputs["x"], outputs["y"], outputs["done"])
             found = torch.stack([field[:, 0].float() for field in fields], dim=-1).tolist()
             if not number:
                 estimates = dict(enumerate(outputs["count_estimate"].tolist()))
                 points = {row: [] for row in estimates}
             for row, (x, y, done) in zip(active.tolist(), found, strict=True):
-                complete[row] = done >= self.config.done_threshold
+                complete[row] = done >= threshold
                 if not complete[row] and number < limit:
                     points[row].append((x, y, 1 - done))
         return [

@@ -32,7 +32,8 @@ class ProcessorPipeline(Pipeline):
                 f"{type(self).__name__} needs a processor: give processor=AutoProcessor.from_pretrained(folder), "
                 f'or build it by pipeline("{task}", model=folder)'
             )
-        if self.device.type == "cpu" and self.dtype in (torch.float16, torch.bfloat16):
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}  # a model may keep some in float32
+        if self.device.type == "cpu" and dtypes & {torch.float16, torch.bfloat16}:
             self.model.float()
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:

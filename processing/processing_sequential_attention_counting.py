@@ -16,6 +16,7 @@ from regard.processing.image_io import open_images, to_pil
 
 STEP_TOKENS = ("<x>", "<y>", "<done>")
 VISION_TOKENS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+MAX_ASPECT = 200  # what Qwen2-VL's image processor takes
 
 
 class SequentialAttentionCountingProcessor(ProcessorMixin):
@@ -94,7 +95,7 @@ class SequentialAttentionCountingProcessor(ProcessorMixin):
         images = open_images(images)
         if not isinstance(images, (list, tuple)):
             images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
-        return [to_pil(image).convert("RGB") for image in images]
+        return [_widen(to_pil(image).convert("RGB")) for image in images]
 
     def _rows(self, categories: list[str], grid_thw: np.ndarray, image_index: Sequence[int] | None) -> dict[str, Any]:
         for row, category in enumerate(categories):
@@ -136,7 +137,8 @@ class SequentialAttentionCountingProcessor(ProcessorMixin):
             target_sizes: height and width in pixels of the image of each row.
 
         Returns:
-            For each row `{"count", "count_estimate", "points": [{"x", "y", "score"}], "complete"}`, points in pixels.
+            For each row `{"count", "count_estimate", "agrees", "points": [{"x", "y", "score"}], "complete"}`, points in
+            pixels.
         """
         results = []
         for result, (height, width) in zip(counted, target_sizes, strict=True):
@@ -148,11 +150,19 @@ class SequentialAttentionCountingProcessor(ProcessorMixin):
                 {
                     "count": len(points),
                     "count_estimate": result.count_estimate,
+                    "agrees": result.agrees,
                     "points": points,
                     "complete": result.complete,
                 }
             )
         return results
+
+
+def _widen(image: Image.Image) -> Image.Image:
+    """The image, a thin one with its shorter side stretched, which leaves points in shares of the sides where they
+    were."""
+    least = -(-max(image.size) // MAX_ASPECT)
+    return image if min(image.size) >= least else image.resize((max(image.width, least), max(image.height, least)))
 
 
 __all__ = ["STEP_TOKENS", "VISION_TOKENS", "SequentialAttentionCountingProcessor"]

@@ -21,6 +21,7 @@ examples:
   regard read scans/ --draw seen/            also draw each character where the model looked
   regard classify photo.jpg                  print what the image shows, with probabilities
   regard ask photo.jpg "what colour is it?"  answer questions about an image
+  regard count photo.jpg cats                count objects, one by one
   regard predict --model my-model --dataset mine/ --output out/
                                              the same for any number of images, into Parquet files
   regard train my.yaml                       train a model; my.yaml names model, data and settings
@@ -100,16 +101,43 @@ examples:
   regard ask photos/ "is there a car?" --csv --output cars.csv"""
 )
 
+COUNT_EPILOG = (
+    """\
+The first argument is the image, or a folder of them; each of the others is a category to count, such as cats or "red
+apples". The model points at one object after the other until it finds none; its count is the number of its points.
+However many categories there are, each image is looked at once. An image with more objects than the model counts at
+once is cut into tiles, and these again.
+
+output:
+  a category    its name and its count: "cats: 7"; "at least 7" where objects may be left; "(about 12 at a glance)"
+                follows where the model's estimate of the whole differs by more than 1, and more than a tenth
+  a folder      "==> PATH <==" and the counts of each image, as head(1) prints several files
+  --json        one object a line: {"path", "counts": [{"category", "count", "count_estimate", "agrees",
+                "points": [{"x", "y", "score"}], "complete", "tiled"}]}; x and y in pixels of the image, score the
+                probability that an object was left, before this one was counted
+  --csv         path, category, count, count_estimate, complete, with a header line; a row for each category
+"""
+    + STREAMS_AND_CODES
+    + """
+--draw numbers the objects in the order they were counted, blue at first and red at last.
+
+examples:
+  regard count photo.jpg cats
+  regard count photo.jpg "red apples" pears --draw seen/
+  regard count photos/ cars --csv --output cars.csv"""
+)
+
 TRAIN_EPILOG = """\
 CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win over the file:
   model: image_text_slot            which model to train: image_text_slot reads, qavit classifies,
-                                    query_conditioned_vqa answers questions
+                                    query_conditioned_vqa answers questions, sequential_attention_counting counts
   preset: 5m                        its size; or init_from: FOLDER to go on from a checkpoint
   dataset: my-images/               your data, or a data set of the Hub; to read: a folder with images and
                                     metadata.jsonl or metadata.csv, with columns pixel_values and text, default:
                                     generated texts; to classify: a folder with one of images for each class; to
                                     answer: easy-vqa, scenes (generated), vqa-v2:FOLDER, clevr:FOLDER, or columns
-                                    image, question and answers
+                                    image, question and answers; to count: emoji (generated), fsc-147:FOLDER, a
+                                    folder with points.jsonl, or columns image, category and points
   output_dir: runs/mine
   learning_rate: 3.0e-4             and every other argument of transformers' Trainer
   resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
@@ -136,12 +164,18 @@ Of a model that answers questions, prints the accuracy, that of the same questio
 and how often it points at what is asked about and how much it looks there, by type of question. It needs --dataset:
 easy-vqa, scenes, vqa-v2:FOLDER, clevr:FOLDER, or a folder or data set of the Hub with columns image, question, answers.
 
+Of a model that counts, prints the errors of its counts, how far its points are from the objects, how often it stops
+while objects are left, for each object counted, how many objects it counts twice, and how far its estimate at a glance
+is from its count. It needs --dataset: emoji (generated scenes, a row for each kind), fsc-147:FOLDER, a folder of images
+with points.jsonl, or a folder or data set of the Hub with columns image, category, points.
+
 examples:
   regard evaluate image-text-slot-5m
   regard evaluate runs/mine --tiers line,noisy --images 200 --output results.json
   regard evaluate runs/mine --dataset my-images/ --split test
   regard evaluate qavit-tiny-fashion-mnist --dataset fashion-mnist
-  regard evaluate query-conditioned-vqa-easy --dataset easy-vqa"""
+  regard evaluate query-conditioned-vqa-easy --dataset easy-vqa
+  regard evaluate runs/mine --dataset emoji --images 200"""
 
 PREDICT_EPILOG = """\
 Does to every row of a data set what the model is for: reads the image, classifies it, or answers the row's question.
@@ -238,9 +272,18 @@ def positive(text: str) -> int:
 
 
 def question(text: str) -> str:
-    """An argument that must say something."""
+    """A question, which must say something."""
+    return _say_something(text, "a question is empty; ask something, such as 'what colour is it?'")
+
+
+def category(text: str) -> str:
+    """A category, which must say something."""
+    return _say_something(text, "a category is empty; name what to count, such as 'cats'")
+
+
+def _say_something(text: str, otherwise: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("a question is empty; ask something, such as 'what colour is it?'")
+        raise argparse.ArgumentTypeError(otherwise)
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python marks bytes that are not
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; set the terminal to it")
     return text
@@ -318,6 +361,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_computing(ask, 16)
 
+    count = add_verb("count", "regard.count:run", "count objects in images", COUNT_EPILOG)
+    add_images(count, "save each image to DIR with the objects numbered", several=False)
+    count.add_argument("categories", nargs="+", type=category, metavar="CATEGORY", help="what to count in each image")
+    add_computing(count, 16)
+
     predict = add_verb("predict", "regard.predict:run", "run a model on a whole data set", PREDICT_EPILOG)
     predict.add_argument(
         "--model", required=True, metavar="MODEL", help="a folder, a Hub repository or the name of a bundled model"
@@ -354,16 +402,20 @@ def build_parser() -> argparse.ArgumentParser:
     data = evaluate.add_mutually_exclusive_group()
     data.add_argument("--tiers", help="generated texts, comma-separated (default: line,block,dense,noisy)")
     data.add_argument(
-        "--dataset", metavar="PATH", help="your data: folder or Hub data set of images and texts or classes"
+        "--dataset", metavar="PATH", help="your data: folder or Hub data set of images and texts, classes, ..."
+    )
+    evaluate.add_argument("--split", help="which part of the data (default: test, but all of your own texts)")
+    evaluate.add_argument(
+        "--images",
+        type=positive,
+        metavar="N",
+        help="at most so many images (default: 1000 a tier of texts, 200 a kind of scenes, or all)",
     )
     evaluate.add_argument(
-        "--split", help="which part of the data (default: test of classes and generated texts, all of your texts)"
-    )
-    evaluate.add_argument(
-        "--images", type=positive, metavar="N", help="at most so many images (default: 1000 a tier, or all)"
-    )
-    evaluate.add_argument(
-        "--seed", type=int, default=0, help="of generated texts, and of a validation split held out (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of generated texts and scenes, and of a validation split held out (default: 0)",
     )
     evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
     add_computing(evaluate, 32)

@@ -16,6 +16,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from transformers import Qwen2VLImageProcessorPil
 
 from regard import (
     ImageTextSlotConfig,
@@ -28,8 +29,12 @@ from regard import (
     QueryConditionedVQAConfig,
     QueryConditionedVQAModel,
     QueryConditionedVQAProcessor,
+    SequentialAttentionCountingConfig,
+    SequentialAttentionCountingModel,
+    SequentialAttentionCountingProcessor,
     build_byte_tokenizer,
 )
+from regard.processing.processing_sequential_attention_counting import STEP_TOKENS, VISION_TOKENS
 from regard.processing.tokenization_question import train_question_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +81,23 @@ def tiny_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = ["what colour is it?", "is it red?", "how many are there?"]
     tokenizer = train_question_tokenizer(questions, vocab_size=80, model_max_length=32)
     QueryConditionedVQAProcessor(QAViTImageProcessor(size=config.image_size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny untrained SequentialAttentionCounting, which counts five at once, and its processor."""
+    folder = tmp_path_factory.mktemp("tiny-counter")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = SequentialAttentionCountingModel(SequentialAttentionCountingConfig.from_preset("micro"))
+    torch.nn.init.constant_(model.look.no_more.bias, -2.0)  # or it would say of most images that there is none
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    SequentialAttentionCountingProcessor(
+        Qwen2VLImageProcessorPil(patch_size=8, size=size),
+        build_byte_tokenizer(reserved=[*VISION_TOKENS, *STEP_TOKENS]),
+    ).save_pretrained(folder)
     return folder
 
 

@@ -64,6 +64,14 @@ with torch.inference_mode():
     ask = pipeline("visual-question-answering", model=f"{folder}/vqa", **trust)
     results["answers"] = ask(image=image, question="is it red?")
 
+    counter = AutoModel.from_pretrained(f"{folder}/count", **trust).eval()
+    inputs = AutoProcessor.from_pretrained(f"{folder}/count", **trust)(
+        images=image, text=["cats", "red apples"], return_tensors="pt")
+    results["count"] = counter(**inputs).pointer_logits
+    results["counted"] = pipeline("object-counting", model=f"{folder}/count", **trust)(image=image, category="cats")
+    assert ".count." in type(counter).__module__
+    assert type(counter.vlm).__module__.startswith("transformers.models.")
+
     # Now that the model above has registered its QAViT.
     inputs = AutoImageProcessor.from_pretrained(f"{folder}/classify", **trust)(images=image, return_tensors="pt")
     results["features"] = AutoModel.from_pretrained(f"{folder}/classify", **trust).eval()(**inputs).last_hidden_state
@@ -82,8 +90,8 @@ torch.save(results, f"{folder}/results.pt")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_checkpoint: Path, tiny_classifier: Path, tiny_vqa: Path) -> dict[str, Path]:
-    return {"read": tiny_checkpoint, "classify": tiny_classifier, "vqa": tiny_vqa}
+def checkpoints(tiny_checkpoint: Path, tiny_classifier: Path, tiny_vqa: Path, tiny_counter: Path) -> dict[str, Path]:
+    return {"read": tiny_checkpoint, "classify": tiny_classifier, "vqa": tiny_vqa, "count": tiny_counter}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,8 @@ def expected_results(checkpoints: dict[str, Path], image: str) -> dict[str, Any]
     processor = AutoProcessor.from_pretrained(checkpoints["vqa"])
     questions = processor(images=image, text=["what is it?", "is it red?"], return_tensors="pt")
     answers = AutoModelForVisualQuestionAnswering.from_pretrained(checkpoints["vqa"]).eval()(**questions).logits
+    processor = AutoProcessor.from_pretrained(checkpoints["count"])
+    categories = processor(images=image, text=["cats", "red apples"], return_tensors="pt")
     picture = AutoImageProcessor.from_pretrained(checkpoints["classify"])(images=image, return_tensors="pt")
     classifier = AutoModelForImageClassification.from_pretrained(checkpoints["classify"]).eval()
     return {
@@ -116,6 +126,8 @@ def expected_results(checkpoints: dict[str, Path], image: str) -> dict[str, Any]
         "answers": pipeline("visual-question-answering", model=str(checkpoints["vqa"]))(
             image=image, question="is it red?"
         ),
+        "count": AutoModel.from_pretrained(checkpoints["count"]).eval()(**categories).pointer_logits,
+        "counted": pipeline("object-counting", model=str(checkpoints["count"]))(image=image, category="cats"),
         "classify": classifier(**picture).logits,
         "features": AutoModel.from_pretrained(checkpoints["classify"]).eval()(**picture).last_hidden_state,
         "classes": pipeline("image-classification", model=str(checkpoints["classify"]))(image),
@@ -165,6 +177,9 @@ def test_where_regard_is_installed_nothing_of_the_folder_runs(exported, tmp_path
     assert reader(image)["text"] is not None
     ask = pipeline("visual-question-answering", model=str(folder / "vqa"))
     assert type(ask) is regard.VisualQuestionAnsweringPipeline
+    count = pipeline("object-counting", model=str(folder / "count"))
+    assert type(count) is regard.ObjectCountingPipeline
+    assert type(count.model) is regard.SequentialAttentionCountingModel
     # What is saved from here does not claim to have code beside it.
     vqa.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -198,6 +213,18 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
             "processor_pipeline.py",
             "text_recognition.py",
             "tokenization_byte.py",
+        },
+        "count": {
+            "configuration_sequential_attention_counting.py",
+            "counting_layers.py",
+            "counting_losses.py",
+            "counting_outputs.py",
+            "modeling_sequential_attention_counting.py",
+            "object_counting.py",
+            "picture_patches.py",
+            "processing_sequential_attention_counting.py",
+            "processor_pipeline.py",
+            "tiles.py",
         },
     }
     for name, files in own.items():

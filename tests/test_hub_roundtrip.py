@@ -115,11 +115,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor, pipeline
 import regard
 
-read, classify, vqa, image = arguments
+read, classify, vqa, count, image = arguments
 classes = {
     "me/read": (read, AutoModel, AutoProcessor),
     "me/classify": (classify, AutoModelForImageClassification, AutoImageProcessor),
     "me/vqa": (vqa, AutoModelForVisualQuestionAnswering, AutoProcessor),
+    "me/count": (count, AutoModel, AutoProcessor),
 }
 for repo, (folder, auto_model, auto_processor) in classes.items():
     model, processor = auto_model.from_pretrained(folder), auto_processor.from_pretrained(folder)
@@ -150,21 +151,26 @@ print(json.dumps(results))
 """
 OFFLINE = """
 import json
-from transformers import AutoModelForImageClassification, AutoModelForVisualQuestionAnswering, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForVisualQuestionAnswering
+from transformers import AutoProcessor, pipeline
 
 (image,) = arguments
 AutoModelForImageClassification.from_pretrained("me/classify")
 AutoModelForVisualQuestionAnswering.from_pretrained("me/vqa")
 AutoProcessor.from_pretrained("me/vqa")
+AutoModel.from_pretrained("me/count")
+AutoProcessor.from_pretrained("me/count")
 print(json.dumps(pipeline("text-recognition", model="me/read")(image)))
 """
 
 
 @pytest.fixture(scope="module")
-def pushed(client, tiny_checkpoint, tiny_classifier, tiny_vqa, tmp_path_factory, make_image) -> dict[str, Any]:
-    """The three models in repositories, loaded from there; the commit of the first weights, and what was read."""
+def pushed(
+    client, tiny_checkpoint, tiny_classifier, tiny_vqa, tiny_counter, tmp_path_factory, make_image
+) -> dict[str, Any]:
+    """The four models in repositories, loaded from there; the commit of the first weights, and what was read."""
     image = make_image(tmp_path_factory.mktemp("image") / "image.png")
-    out = client.python(PUSH_AND_LOAD, tiny_checkpoint, tiny_classifier, tiny_vqa, image)
+    out = client.python(PUSH_AND_LOAD, tiny_checkpoint, tiny_classifier, tiny_vqa, tiny_counter, image)
     return {"image": image, **json.loads(out.splitlines()[-1])}
 
 

@@ -43,6 +43,15 @@ def test_a_model_without_figures(tiny_checkpoint: Path, capsys):
     assert out.endswith("figures       none; `regard evaluate` measures\n")
 
 
+def test_a_model_that_counts(tiny_counter: Path, capsys):
+    assert main(["info", str(tiny_counter)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "model type    sequential_attention_counting (SequentialAttentionCountingModel)" in lines
+    assert "verb          regard count" in lines
+    assert "parameters    94,631" in lines
+    assert "image size    any" in lines
+
+
 def test_sizes_count_every_file_and_figures_come_from_the_card(tiny_classifier: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_classifier, tmp_path / "mine")
     (folder / "README.md").write_text(CARD)

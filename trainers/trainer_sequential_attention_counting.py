@@ -109,7 +109,7 @@ class CountCollator:
         images = [open_stored(row["pixel_values"]).convert("RGB") for row in rows]
         names, index, objects = [], [], []
         for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-            for name, points in self._questions(row):
+            for name, points in self.questions(row):
                 names.append(name)
                 index.append(number)
                 objects.append(torch.tensor(points, dtype=torch.float32).reshape(-1, 2) / torch.tensor(image.size))
@@ -117,7 +117,8 @@ class CountCollator:
         inputs["objects"] = torch.nn.utils.rnn.pad_sequence(objects, batch_first=True, padding_value=-1.0)
         return inputs
 
-    def _questions(self, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Sequence[float]]]]:
+    def questions(self, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Sequence[float]]]]:
+        """What a row is asked for, each with its points in pixels."""
         absent = [(row["absent"], [])] if "absent" in row and self.categories_per_image > 1 else []
         present = [(row["category"], row["points"])]
         present += zip(row.get("others_names", ()), row.get("others_points", ()), strict=True)

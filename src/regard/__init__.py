@@ -23,6 +23,7 @@ from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification, QAViTModel
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.modeling.modeling_sequential_attention_counting import SequentialAttentionCountingModel
+from regard.pipelines.object_counting import ObjectCountingPipeline
 from regard.pipelines.text_recognition import TextRecognitionPipeline
 from regard.pipelines.visual_question_answering import VisualQuestionAnsweringPipeline
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
@@ -58,6 +59,7 @@ REMOVED_TASKS.pop("visual-question-answering", None)  # or `pipeline` refuses th
 AutoConfig.register("sequential_attention_counting", SequentialAttentionCountingConfig)
 AutoModel.register(SequentialAttentionCountingConfig, SequentialAttentionCountingModel)
 AutoProcessor.register(SequentialAttentionCountingConfig, SequentialAttentionCountingProcessor)
+PIPELINE_REGISTRY.register_pipeline("object-counting", ObjectCountingPipeline, pt_model=AutoModel, type="multimodal")
 
 
 class _OwnCode:
@@ -86,6 +88,7 @@ __all__ = [
     "ImageTextSlotImageProcessor",
     "ImageTextSlotModel",
     "ImageTextSlotProcessor",
+    "ObjectCountingPipeline",
     "QAViTBackbone",
     "QAViTConfig",
     "QAViTForImageClassification",

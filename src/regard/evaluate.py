@@ -24,6 +24,8 @@ from regard.cli import Worker, complain, progress_bar, quiet_transformers
 from regard.data.image_classification import load_labelled_images
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.text_images import load_text_images
+from regard.evaluate_counting import COLUMNS as COUNTING_COLUMNS
+from regard.evaluate_counting import CountScorer, choose_counting, score_counter
 from regard.evaluate_questions import COLUMNS as QUESTION_COLUMNS
 from regard.evaluate_questions import Asker, choose_questions, score_asker
 from regard.hub import CheckpointError, find_verb
@@ -62,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
             split = options.split or DEFAULT_SPLIT
             data_sets, columns = choose_questions(options, split), QUESTION_COLUMNS
             score = partial(score_asker, Asker(*settings))
+        elif verb == "count":
+            split = options.split or DEFAULT_SPLIT
+            data_sets, columns = choose_counting(options, split), COUNTING_COLUMNS
+            score = partial(score_counter, CountScorer(*settings))
         elif verb == "classify":
             classifier = Classifier(*settings)
             data_sets, columns = choose_labelled_images(options, classifier.names), CLASSIFIER_COLUMNS
@@ -223,13 +229,15 @@ def _run_all(
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """One row a data set, and below each, where texts are of several lengths in characters, its rows by length."""
+    """One row a data set, and below each its rows by length of text, type of question or number of objects, where there
+    are several; "-" for what was not measured."""
     rows = [["", *(title for title, _ in columns.values())]]
     for name, metrics in results.items():
-        finer = metrics.get("by_length") or metrics.get("by_type") or {}
+        finer = next((metrics[by] for by in ("by_length", "by_type", "by_range") if metrics.get(by)), {})
         parts = {name: metrics} | {f"  {title}": part for title, part in finer.items() if len(finer) > 1}
         rows += [
-            [title, *(form.format(part[key]) for key, (_, form) in columns.items())] for title, part in parts.items()
+            [title, *(form.format(part[key]) if key in part else "-" for key, (_, form) in columns.items())]
+            for title, part in parts.items()
         ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -40,7 +40,11 @@ NOT_OF_CHECKPOINTS = ("trainer_state.json",)
 
 _PACKAGE = "regard."
 _MODEL_CLASSES = (AutoModel, AutoBackbone, AutoModelForImageClassification, AutoModelForVisualQuestionAnswering)
-_TASKS = {"image_text_slot": "text-recognition", "query_conditioned_vqa": "visual-question-answering"}
+_TASKS = {
+    "image_text_slot": "text-recognition",
+    "query_conditioned_vqa": "visual-question-answering",
+    "sequential_attention_counting": "object-counting",
+}
 
 
 class ExportError(ValueError):

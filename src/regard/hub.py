@@ -27,9 +27,15 @@ DEFAULT_CHECKPOINTS = {
     "read": "image-text-slot-5m",
     "classify": "qavit-tiny-fashion-mnist",
     "ask": "query-conditioned-vqa-easy",
+    "count": "sequential-attention-counting-tiny",
 }
 
-_TASKS = {"classify": "classify images", "ask": "answer questions"}  # what reads is known by its method `read`
+_TASKS = {  # what reads is known by its method `read`
+    "classify": "classify images",
+    "ask": "answer questions",
+    "count": "count objects",
+}
+_VERBS = {"query_conditioned_vqa": "ask", "sequential_attention_counting": "count"}  # of model types
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -82,7 +88,7 @@ def resolve(model: str | Path | None = None, verb: str = "read") -> str:
 
 def find_verb(model: str | Path) -> str:
     """The verb that a model is for, by its configuration: "classify" for a classifier, "ask" for one that answers
-    questions, else "read".
+    questions, "count" for one that counts, else "read".
 
     Args:
         model: see `resolve`.
@@ -96,8 +102,8 @@ def find_verb(model: str | Path) -> str:
 
 
 def _verb_of(config: PreTrainedConfig) -> str:
-    if config.model_type == "query_conditioned_vqa":
-        return "ask"
+    if verb := _VERBS.get(config.model_type):
+        return verb
     names = config.architectures or ()
     return "classify" if any(name.endswith("ForImageClassification") for name in names) else "read"
 
@@ -109,7 +115,7 @@ def load(
 
     Args:
         model, verb: see `resolve`; the verb also says as what to load it: "classify" as a classifier, "ask" as a
-            model that answers questions.
+            model that answers questions, "count" as one that counts.
         device: where to put the model; None is the accelerator, if there is one, else the CPU.
 
     Raises:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from regard.processing.image_io import to_grey_or_rgb
-from regard.visualize import FAINT, INK, load_font
+from regard.visualize import FAINT, INK, PAPER, load_font
 
 MARGIN, PANEL, LISTS, LINE = 16, 232, 288, 20  # pixels
 _BAR, _PERCENT = 122, 54
@@ -82,6 +82,16 @@ def draw_scale(draw: ImageDraw.ImageDraw, place: tuple[int, int], title: str) ->
         draw.text((x + share * LISTS, top + 25), text, font=load_font(12), fill=FAINT, anchor=anchor)
 
 
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other, on one page."""
+    page = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    return page
+
+
 def shorten(text: str, width: float, size: int = 13) -> str:
     """A text that fits a width in pixels, in one line of type of a size."""
     font, text = load_font(size), " ".join(text.split())
@@ -103,4 +113,5 @@ __all__ = [
     "heat",
     "heat_colour",
     "shorten",
+    "stack",
 ]

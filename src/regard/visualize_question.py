@@ -24,6 +24,7 @@ from regard.panels import (
     heat,
     heat_colour,
     shorten,
+    stack,
 )
 from regard.processing.image_io import open_image
 from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
@@ -57,13 +58,7 @@ def visualize(
     """
     image = open_image(image)
     results = explain(model, processor, image, [question] if isinstance(question, str) else question, top_k)
-    pictures = [draw_answer(image, result) for result in results]
-    page = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)), PAPER)
-    top = 0
-    for picture in pictures:
-        page.paste(picture, (0, top))
-        top += picture.height
-    return page
+    return stack([draw_answer(image, result) for result in results])
 
 
 @torch.no_grad()
