@@ -178,13 +178,15 @@ examples:
   regard evaluate runs/mine --dataset emoji --images 200"""
 
 PREDICT_EPILOG = """\
-Does to every row of a data set what the model is for: reads the image, classifies it, or answers the row's question.
+Does to every row of a data set what the model is for: reads the image, classifies it, answers the row's question, or
+counts the row's category.
 However many rows there are, they are read as they are needed, and images as they are used.
 
 SOURCE:
   a folder      of images, which are searched; or one with metadata.jsonl or metadata.csv
   a file        of rows: .jsonl, .csv, .json or .parquet, with columns image (or file_name: a path from the file's
-                folder, or an address), and for a model that answers, question
+                folder, or an address), and for a model that answers, question; one that
+                counts, category
   a data set    of the Hub, OWNER/NAME, or in a folder, as `datasets` reads it
 
 DIR gets part-00000.parquet, part-00001.parquet, ..., each with the results of --shard-size rows. Columns:
@@ -192,6 +194,7 @@ DIR gets part-00000.parquet, part-00001.parquet, ..., each with the results of -
   text, score, characters      of a model that reads; characters: [{character, score, box}]
   labels        of a classifier: [{label, score}]
   question, answers            of a model that answers; answers: [{answer, score}]
+  category, count, points, ... of a model that counts; points: [{x, y, score}]
   error         why there is no result, as of an image that cannot be read; null otherwise
 
 A part appears when it is complete. Whatever ends a run, the same command goes on after the parts that are there, on any

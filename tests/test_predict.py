@@ -100,6 +100,16 @@ def test_visual_question_answering(tiny_vqa, asked, images, tmp_path):
         assert same(row, {"question": question, "answers": answers})
 
 
+def test_object_counting(tiny_counter, images, tmp_path):
+    rows = [{"image": f"images/{index}.png", "category": ("cats", "red apples")[index % 2]} for index in range(10)]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert predict(tiny_counter, tmp_path / "named.jsonl", tmp_path / "out") == 0
+    count = pipeline("object-counting", model=str(tiny_counter), device="cpu")  # pyright: ignore
+    for index, row in enumerate(results(tmp_path / "out")):
+        assert (row.pop("index"), row.pop("id"), row.pop("error")) == (index, f"images/{index}.png", None)
+        assert same(row, count(image=str(images / f"{index}.png"), category=rows[index]["category"]))
+
+
 def test_rows_without_result_say_why(tiny_vqa, asked, images, tmp_path, capsys):
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:60])
     for index in (4, 5, 6, 7):  # all of a shard

@@ -57,7 +57,7 @@ class Task:
     parameters: tuple[str, ...] = ()
 
 
-_SCORE = Value("float32")
+_SCORE = Value("float32")  # and pixels
 _CHARACTERS = List({"character": Value("string"), "score": _SCORE, "box": List(Value("float32"))})
 # Another verb adds its line here.
 TASKS = {
@@ -70,6 +70,18 @@ TASKS = {
         {"answers": List({"answer": Value("string"), "score": _SCORE})},
         inputs=("question",),
         parameters=("top_k",),
+    ),
+    "count": Task(
+        "object-counting",
+        {
+            "count": Value("int64"),
+            "count_estimate": _SCORE,
+            "agrees": Value("bool"),
+            "points": List({"x": _SCORE, "y": _SCORE, "score": _SCORE}),
+            "complete": Value("bool"),
+            "tiled": Value("bool"),
+        },
+        inputs=("category",),
     ),
 }
 
