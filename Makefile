@@ -63,11 +63,11 @@ bench-predict: $(VENV)/.installed ## measure bulk inference: rows a second of on
 	$(BIN)/python benchmarks/predict.py throughput $(BENCH_ARGS)
 	$(BIN)/python benchmarks/predict.py kills
 
-bench-count: $(VENV)/.installed-bench ## measure counting: ranges, other counters, photographs, what an object costs (MODEL=...)
-	$(BIN)/python benchmarks/count.py ranges $(MODEL) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/count.py peers $(MODEL) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/count.py photographs $(MODEL) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/count.py cost $(MODEL) $(BENCH_ARGS)
+COUNTER ?= sequential-attention-counting-tiny
+bench-count: $(VENV)/.installed-bench ## measure counting: other counters, photographs, what an object costs
+	$(BIN)/python benchmarks/count.py peers $(COUNTER) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/count.py photographs $(COUNTER) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/count.py cost $(COUNTER) $(BENCH_ARGS)
 
 train-count: $(VENV)/.installed-dev ## train sequential-attention-counting-tiny again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \

@@ -1,18 +1,16 @@
-"""Counting what is named: errors by number of objects and kind of scene, classical counters beside, pictures other
-than emoji, and what an object costs.
+"""Counting what is named beside classical counters, in pictures other than emoji, and what an object costs. Errors by
+number of objects are measured by `regard evaluate MODEL --dataset emoji`.
 
-    python benchmarks/count.py ranges MODEL [--images 1000]
     python benchmarks/count.py peers [MODEL] [--images 200]
     python benchmarks/count.py photographs MODEL [--stamps FOLDER]
     python benchmarks/count.py cost MODEL
 
-`ranges`: unseen scenes of trained and of held-out categories; what is absent; two categories of a scene, asked for in
-turn. `peers`: thresholding and labelling, peaks of the distance to the ground, and template matching with the crop of
+`peers`: thresholding and labelling, peaks of the distance to the ground, and template matching with the crop of
 one object, each at its best settings on validation scenes; without MODEL they alone. `photographs`: coins, nuclei and
 Tux Paint's stamps, as far as they are installed, and a picture of each with its points. `cost`: one thread, processor
 time from image to points, in turns, the median of the rounds.
 
-Prints Markdown and writes benchmarks/results/count_{ranges,peers,photographs,cost}.json.
+Prints Markdown and writes benchmarks/results/count_{peers,photographs,cost}.json.
 """
 
 import argparse
@@ -41,7 +39,7 @@ from scipy import ndimage
 from transformers import pipeline
 
 from regard.cli import complain, progress_bar, quiet_transformers
-from regard.data.emoji_scenes import COUNT_RANGES, IMAGE_SIZE, EmojiSceneDataset
+from regard.data.emoji_scenes import IMAGE_SIZE, EmojiSceneDataset
 from regard.evaluate import circumstances
 from regard.hub import resolve
 from regard.metrics.object_counting.object_counting import score_counts
@@ -50,7 +48,6 @@ RESULTS = Path(__file__).with_name("results")
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # of the Debian package tuxpaint-stamps-default
 MAX_DISTANCE = 0.05  # of a point from its object, as share of the image's side
 TEXTURED = ("noise", "clouds", "pattern")
-CATEGORIES = {"trained": "train", "held out": "test"}
 PHOTOGRAPHED = {
     "apples": "food/fruit/apple_red.png",
     "bees": "animals/insects/bee.png",
@@ -110,43 +107,6 @@ def score(answers: Sequence[Sequence[Point]], questions: Sequence[Question]) -> 
     del scores["by_range"]
     counts = [len(points) for points in references]
     return scores | {"guess_mae": float(np.abs(np.array(counts) - statistics.median_low(counts)).mean())}
-
-
-def scenes_of(images: int, seed: int) -> Iterator[tuple[str, list[Question]]]:
-    """Sets of questions about scenes of the test split, by name."""
-    for name, categories in CATEGORIES.items():
-        for low, high in COUNT_RANGES:
-            data = EmojiSceneDataset("test", images, seed, count_ranges=((low, high),), categories=categories)
-            yield f"{name}, {low}-{high}", [question(data[index]) for index in range(images)]
-        data = EmojiSceneDataset("test", images, seed, categories=categories)
-        rows = (data[index] for index in range(images))
-        yield f"{name}, absent", [Question(row["pixel_values"], row["absent"], []) for row in rows]
-        data = EmojiSceneDataset("test", seed=seed, min_objects=1, categories=categories)
-        pairs = (row for row in map(data.__getitem__, itertools.count()) if len(row["others"]) == 1)
-        yield (
-            f"{name}, two categories",
-            [
-                Question(row["pixel_values"], *asked)
-                for row in itertools.islice(pairs, images)
-                for asked in ((row["category"], row["points"]), (row["others_names"][0], row["others_points"][0]))
-            ],
-        )
-
-
-def ranges(count: Count, images: int, seed: int) -> dict[str, Any]:
-    """Scores of each set of scenes; for two categories also the share of scenes with `both_right`."""
-    results = {}
-    with progress_bar(2 * (len(COUNT_RANGES) + 3) * images) as bar:
-        for name, questions in scenes_of(images, seed):
-            answers = []
-            for asked in questions:
-                answers.append(count(asked.image, asked.category))
-                bar.update()
-            results[name] = score(answers, questions)
-            if name.endswith("two categories"):
-                right = [len(found) == len(asked.points) for found, asked in zip(answers, questions, strict=True)]
-                results[name]["both_right"] = float(np.reshape(right, (-1, 2)).all(1).mean())
-    return results
 
 
 class Peer(NamedTuple):
@@ -388,22 +348,6 @@ def cost(ours: Any, rounds: int, seed: int) -> dict[str, Any]:
     return {name: {"ms": spent, "counted": counted[name]} for name, spent in times.items()}
 
 
-def run_ranges(options: argparse.Namespace) -> dict[str, Any]:
-    results = ranges(Ours(options.model), options.images or 1000, options.seed)
-    print("| scenes | MAE | RMSE | right | a guess's MAE | points, F1 | off by | missed / twice / stray | both right |")
-    print("|---|" + "--:|" * 8)
-    for name, row in results.items():
-        f1, off = (row.get(key) for key in ("f1", "location_error"))
-        cells = (
-            name, f"{row['mae']:.2f}", f"{row['rmse']:.2f}", f"{row['exact_match']:.1%}", f"{row['guess_mae']:.2f}",
-            "–" if f1 is None else f"{f1:.1%}", "–" if off is None else f"{off:.1f} px",
-            f"{row['misses']} / {row['double_counts']} / {row['stray_points']}",
-            f"{row['both_right']:.1%}" if "both_right" in row else "–",
-        )  # fmt: skip
-        print(f"| {' | '.join(cells)} |")
-    return results
-
-
 def run_peers(options: argparse.Namespace) -> dict[str, Any]:
     count = Ours(options.model) if options.model else None
     results = peers(count, options.images or 200, options.validation_images, options.seed)
@@ -447,11 +391,11 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    runs = {"ranges": run_ranges, "peers": run_peers, "photographs": run_photographs, "cost": run_cost}
+    runs = {"peers": run_peers, "photographs": run_photographs, "cost": run_cost}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=runs)
     parser.add_argument("model", nargs="?", help="a folder, bundled name or Hub repository; only peers can do without")
-    parser.add_argument("--images", type=int, help="scenes of each kind (default: ranges 1000, peers 200)")
+    parser.add_argument("--images", type=int, help="peers: scenes of each kind (default: 200)")
     parser.add_argument(
         "--validation-images",
         type=int,

@@ -54,30 +54,6 @@ def run(bench: Any, folder: Path, *arguments: str) -> Any:
     return report["results"]
 
 
-def test_who_points_at_everything_is_right_in_all_ranges(bench):
-    scenes = dict(bench.scenes_of(3, seed=1))
-    truth = {(asked.image.tobytes(), asked.category): asked.points for part in scenes.values() for asked in part}
-    results = bench.ranges(lambda image, category: truth[image.tobytes(), category], 3, seed=1)
-    kinds = ("0-4", "5-20", "20-50", "absent", "two categories")
-    assert list(results) == [f"{name}, {kind}" for name in ("trained", "held out") for kind in kinds]
-    for name, row in results.items():
-        assert (row["mae"], row["exact_match"]) == (0, 1)
-        assert ("f1" in row) == ("absent" not in name)
-        low, _, high = name.split(", ")[1].partition("-")
-        if high:
-            assert all(int(low) <= len(asked.points) <= int(high) for asked in scenes[name])
-    assert results["trained, two categories"]["both_right"] == 1
-    assert results["trained, two categories"]["images"] == 6
-
-
-def test_ranges_of_who_counts_three_of_everything(bench, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "Ours", Thrice)
-    results = run(bench, tmp_path, "ranges", "any", "--images", "2")
-    assert results["trained, absent"]["mae"] == 3
-    assert results["held out, absent"]["exact_match"] == 0
-    assert "| trained, absent | 3.00 |" in capsys.readouterr().out
-
-
 def discs(bench: Any, number: int, seed: int) -> Any:
     rng = random.Random(seed)
     image = Image.new("RGB", (224, 224), "tan")
@@ -204,7 +180,7 @@ def test_a_model_is_called_as_the_pipeline_is(bench, monkeypatch):
 
 
 def test_a_model_must_be_named(bench):
-    for what in ("ranges", "photographs", "cost"):
+    for what in ("photographs", "cost"):
         with pytest.raises(SystemExit):
             bench.main([what])
 
