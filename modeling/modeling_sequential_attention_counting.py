@@ -298,12 +298,15 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
             mask[chosen] = torch.arange(number, device=cells.device) < rows * columns
         seen = self.heads.norm(seen)
         offsets = self.heads.offset(seen).float().tanh() * 2.0  # in cells
+        points = places + offsets / sides[:, None]
+        # Inside the image, with a gradient also for what points outside, or cells at its edges would never come back.
+        points = points + (points.clamp(0.0, 1.0) - points).detach()
         density = self.heads.density(seen).squeeze(-1).float().sigmoid()
         return CountingScene(
             cells=seen,
             cell_mask=mask,
             places=places,
-            points=(places + offsets / sides[:, None]).clamp(0.0, 1.0),
+            points=points,
             scores=self.heads.score(seen).squeeze(-1).float().masked_fill(~mask, -VISITED),
             keys=self.heads.keys(seen),
             reach=nn.functional.softplus(self.heads.reach(seen).squeeze(-1).float()),

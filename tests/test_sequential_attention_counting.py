@@ -105,7 +105,8 @@ def test_steps_one_after_the_other_are_all_steps_at_once():
 
 @torch.no_grad()
 def test_rows_that_are_done_drop_out_and_the_others_do_not_notice():
-    model, inputs = make_model(), make_inputs(categories=2)
+    model = make_model()
+    inputs: dict[str, Any] = {**make_inputs(categories=2)}
     first = next(model.stream(**inputs))[1].done[:, 0]
     inputs["done_threshold"] = float(first.sort().values[[2, 3]].mean())  # three of six rows have none at all
     active = [rows.tolist() for rows, _ in model.stream(**inputs)]
@@ -360,6 +361,17 @@ def test_images_without_objects_have_losses_and_gradients():
     outputs.loss.backward()
     assert torch.isfinite(outputs.loss)
     assert outputs.loss_where == outputs.loss_x == 0
+
+
+def test_a_cell_that_points_outside_the_image_learns_to_point_inside():
+    model, inputs = make_model(), with_objects(make_inputs())
+    torch.nn.init.constant_(model.heads.offset.bias, 1.0)  # cells at the right and lower edges point beyond them
+    inputs["objects"] = inputs["objects"].masked_fill(inputs["objects"] >= 0, 0.99)
+    outputs = model(**inputs)
+    assert (outputs.cell_points <= 1).all()
+    assert (outputs.cell_points == 1).any()
+    (outputs.loss_x + outputs.loss_y).backward()
+    assert (model.heads.offset.bias.grad > 0).all()
 
 
 # Around a published backbone, and wrong input.
