@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
+_BYTE_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 
 @strict
 class SequentialAttentionCountingConfig(PreTrainedConfig):
@@ -43,6 +45,7 @@ class SequentialAttentionCountingConfig(PreTrainedConfig):
             init_kwargs={
                 "text_config": {
                     "vocab_size": 512,
+                    **_BYTE_TOKENS,
                     "bos_token_id": 1,
                     "eos_token_id": 2,
                     "hidden_size": 32,

@@ -228,7 +228,12 @@ def test_the_backbone_learns_at_a_rate_of_its_own(tmp_path):
     assert set(rates) == set(names.values())
     assert {rate for name, (rate, _) in rates.items() if name.startswith("vlm.")} == {2e-4}
     assert {rate for name, (rate, _) in rates.items() if not name.startswith("vlm.")} == {1e-3}
-    assert rates["step_tokens"][1] == rates["look.memory.gate"][1] == rates["look.cross_attention.none_token"][1] == 0
+    assert (
+        rates["step_tokens.weight"][1]
+        == rates["look.memory.gate"][1]
+        == rates["look.cross_attention.none_token"][1]
+        == 0
+    )
     assert rates["look.query.0.weight"][1] == 0.05
 
 
