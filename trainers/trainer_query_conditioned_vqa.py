@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from regard.data.augmentation import augment_images
+from regard.data.labelled_images import open_stored
 from regard.metrics.attention_maps.attention_maps import boxes_to_map
 from regard.metrics.visual_question_answering.visual_question_answering import soft_scores
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.modeling.relevance_maps import patch_grid
-from regard.processing.image_io import open_image
 from regard.processing.processing_query_conditioned_vqa import QueryConditionedVQAProcessor
 from regard.trainers.base import RegardTrainer, RegardTrainingArguments
 
@@ -135,15 +135,8 @@ def distinct_images(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Image.Image
     for _, group in groupby(enumerate(rows), lambda item: item[1].get("image_id", item[0])):
         members = [row for _, row in group]
         index += [len(images)] * len(members)
-        images.append(as_image(members[0]["pixel_values"]))
+        images.append(open_stored(members[0]["pixel_values"]))
     return images, index
-
-
-def as_image(stored: Any) -> Image.Image:
-    """A picture as a data set stores it: a PIL image, or the path or bytes of a file."""
-    if isinstance(stored, Mapping):
-        stored = stored["path"] if stored.get("bytes") is None else stored["bytes"]
-    return stored if isinstance(stored, Image.Image) else open_image(stored)
 
 
 def boxes_in_shares(
