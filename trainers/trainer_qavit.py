@@ -19,7 +19,7 @@ from regard.data.augmentation import augment_images, mix, random_erasing
 from regard.metrics.image_classification.image_classification import score_classes
 from regard.trainers.base import RegardTrainer, RegardTrainingArguments
 
-OWN_WEIGHTS_NAME = "own_weights.safetensors"  # in a checkpoint, beside the averaged ones
+OWN_WEIGHTS_NAME = "training_weights.safetensors"  # in a checkpoint, beside the averaged ones
 
 
 @dataclass

@@ -36,7 +36,7 @@ from regard.hub import CheckpointError, explain, resolve
 
 # What a checkpoint consists of; what else its folder holds, such as optimizer states, is not for others.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
-NOT_OF_CHECKPOINTS = ("trainer_state.json",)
+NOT_OF_CHECKPOINTS = ("trainer_state.json", "training_*")
 
 _PACKAGE = "regard."
 _MODEL_CLASSES = (AutoModel, AutoBackbone, AutoModelForImageClassification, AutoModelForVisualQuestionAnswering)
@@ -124,12 +124,12 @@ def export_checkpoint(model: str | Path, folder: str | Path, with_code: bool = F
     code = _code_of(config, _named_parts(place), name) if with_code else {}
     patterns = CHECKPOINT_FILES if with_code or "auto_map" not in stored else (*CHECKPOINT_FILES, "*.py")
     files = {path for pattern in patterns for path in place.glob(pattern) if path.is_file()}
+    files = {path for path in files if not any(path.match(pattern) for pattern in NOT_OF_CHECKPOINTS)}
     if not any(path.suffix == ".safetensors" for path in files):
         raise ExportError(f"{name}: holds no weights; give a folder with model.safetensors")
     with _new_folder(folder) as target:
         for path in files:
-            if path.name not in NOT_OF_CHECKPOINTS:
-                shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, target / path.name)
         if with_code:
             _add_code(target, config, code)
         return sorted(target.iterdir())

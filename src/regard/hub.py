@@ -131,7 +131,7 @@ def load(
             raise CheckpointError(f"{model}: a {config.model_type} model does not {_TASKS[verb]}; name another")
         processor = (AutoImageProcessor if classify else AutoProcessor).from_pretrained(source)
         network = (AutoModelForImageClassification if classify else AutoModel).from_pretrained(
-            source, dtype=torch.float32
+            source, dtype=torch.float32, use_safetensors=True
         )
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"

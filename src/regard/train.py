@@ -21,12 +21,11 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     HfArgumentParser,
-    Trainer,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
@@ -49,6 +48,8 @@ from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.processing.tokenization_question import train_question_tokenizer
 from regard.train_counting import CountDataArguments, CountModelArguments, build_sequential_attention_counting
 from regard.train_settings import ModelArguments, OverridingModelArguments, SettingsError
+from regard.trainers.base import RegardTrainer
+from regard.trainers.checkpoints import fault, find_newest
 from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
 from regard.trainers.trainer_qavit import QAViTTrainer, QAViTTrainingArguments
 from regard.trainers.trainer_query_conditioned_vqa import VQATrainer, VQATrainingArguments
@@ -164,14 +165,14 @@ class VQADataArguments:
 
 def build_image_text_slot(
     model_args: ModelArguments, data_args: ImageTextSlotDataArguments, training_args: SlotTrainingArguments
-) -> Trainer:
+) -> RegardTrainer:
     """Model, data sets and trainer of ImageTextSlot."""
     if model_args.init_from is None:
         model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset))
         processor = ImageTextSlotProcessor(ImageTextSlotImageProcessor(), build_byte_tokenizer())
     else:
         source = resolve(model_args.init_from)
-        model = ImageTextSlotModel.from_pretrained(source, dtype="float32")
+        model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True)
         processor = ImageTextSlotProcessor.from_pretrained(source)
     model.set_attn_implementation(model_args.attn_implementation)
     if data_args.dataset is not None:
@@ -199,7 +200,7 @@ def build_image_text_slot(
 
 def build_qavit(
     model_args: QAViTModelArguments, data_args: QAViTDataArguments, training_args: QAViTTrainingArguments
-) -> Trainer:
+) -> RegardTrainer:
     """Model, data sets and trainer of QAViT."""
     if data_args.dataset is None:
         raise SettingsError("dataset: name what to learn from, e.g. `dataset: fashion-mnist`")
@@ -222,7 +223,7 @@ def build_qavit(
     else:
         source = resolve(model_args.init_from)
         model = QAViTForImageClassification.from_pretrained(
-            source, dtype="float32", ignore_mismatched_sizes=True, **overrides, **labels
+            source, dtype="float32", use_safetensors=True, ignore_mismatched_sizes=True, **overrides, **labels
         )
         processor = QAViTImageProcessor.from_pretrained(source, size=model.config.image_size)
     model.set_attn_implementation(model_args.attn_implementation)
@@ -235,7 +236,7 @@ def build_qavit(
 
 def build_query_conditioned_vqa(
     model_args: VQAModelArguments, data_args: VQADataArguments, training_args: VQATrainingArguments
-) -> Trainer:
+) -> RegardTrainer:
     """Model, data sets and trainer of QueryConditionedVQA."""
     if data_args.dataset is None:
         raise SettingsError("dataset: name what to learn from, e.g. `dataset: easy-vqa`")
@@ -274,7 +275,7 @@ def build_query_conditioned_vqa(
             else AutoTokenizer.from_pretrained(model_args.text_encoder),
         )
     else:
-        model = QueryConditionedVQAModel.from_pretrained(source, dtype="float32", **overrides)
+        model = QueryConditionedVQAModel.from_pretrained(source, dtype="float32", use_safetensors=True, **overrides)
         processor = QueryConditionedVQAProcessor.from_pretrained(source)
     attention = model_args.attn_implementation
     encoders = {"text_config": model.text_model, "vision_config": model.vision_model}
@@ -312,7 +313,7 @@ class Recipe:
     model_arguments: type[Any]
     data_arguments: type[Any]
     training_arguments: type[TrainingArguments]
-    build: Callable[[Any, Any, Any], Trainer]
+    build: Callable[[Any, Any, Any], RegardTrainer]
 
 
 # Another model adds its line here.
@@ -423,30 +424,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe, model_args, data_args, training_args = parse_settings(sys.argv[1:] if arguments is None else arguments)
         checkpoint = find_checkpoint(training_args)
-        if checkpoint is not None and is_finished(checkpoint, training_args):
-            print(f"regard train: {checkpoint} has all steps; nothing is left to train")
+        finished = checkpoint if checkpoint is not None and is_finished(checkpoint, training_args) else None
+        if finished is not None and is_saved(finished, training_args):
+            print(f"regard train: {finished} has all steps; nothing is left to train")
             return EXIT_OK
+        set_seed(training_args.seed)  # the trainer does so again, but after the new model has drawn its weights
         trainer = recipe.build(model_args, data_args, training_args)
     except (ValueError, FileNotFoundError) as error:  # settings, names, data: each message names the mend
         print(f"regard train: {error}", file=sys.stderr)
         return EXIT_FAILED
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if finished is not None:
+        trainer.restore(finished)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_state()
+    trainer.save_state()  # last: it says that the rest is there
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: none, a named one, or for `resume_from_checkpoint: true` the newest, if any."""
+    """The checkpoint to resume from: none, a named one, or for `resume_from_checkpoint: true` the newest, if any.
+
+    A checkpoint that a kill has left half-written is skipped with a warning.
+    """
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    output_dir = training_args.output_dir
     if str(wanted).lower() == "true":
-        return get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
+        newest, skipped = find_newest(str(training_args.output_dir))
+        if training_args.process_index == 0:
+            for folder, reason in skipped.items():
+                print(f"regard train: {folder} is half-written and skipped: {reason}", file=sys.stderr)
+        return newest
     if not os.path.isdir(wanted):
         raise SettingsError(f"resume_from_checkpoint: {wanted} is no folder; give a checkpoint, or true for the newest")
+    if reason := fault(wanted):
+        raise SettingsError(
+            f"resume_from_checkpoint: {wanted} is half-written: {reason}; give another, or true for the newest"
+        )
     return str(wanted)
 
 
@@ -456,6 +472,15 @@ def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
     if training_args.max_steps > 0:
         return training_args.max_steps <= state.global_step
     return 0 < state.max_steps <= state.global_step and training_args.num_train_epochs <= state.num_train_epochs
+
+
+def is_saved(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Whether the model at the end of the training was saved, too; a kill may have come between."""
+    last, saved = (os.path.join(folder, TRAINER_STATE_NAME) for folder in (checkpoint, str(training_args.output_dir)))
+    try:
+        return TrainerState.load_from_json(saved).global_step == TrainerState.load_from_json(last).global_step
+    except (FileNotFoundError, ValueError):  # cut short, it is no JSON
+        return False
 
 
 def run(options: argparse.Namespace) -> int:

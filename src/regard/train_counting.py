@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import find_adapter_config_file
 
@@ -27,6 +27,7 @@ from regard.processing.processing_sequential_attention_counting import (
 )
 from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.train_settings import OverridingModelArguments, SettingsError
+from regard.trainers.base import RegardTrainer
 from regard.trainers.trainer_sequential_attention_counting import AlternatingCountTrainer, CountTrainingArguments
 
 PROMPT = "Point to each of the {category}: "  # to a backbone that has learned to read
@@ -121,7 +122,7 @@ _COUNT_RANGES = ((0, 0), (1, 4), (5, 20), (20, 50))
 
 def build_sequential_attention_counting(
     model_args: CountModelArguments, data_args: CountDataArguments, training_args: CountTrainingArguments
-) -> Trainer:
+) -> RegardTrainer:
     """Model, data sets and trainer of SequentialAttentionCounting."""
     limits: Any = {"min_objects": data_args.min_objects, "max_objects": data_args.max_objects}
     train: Any
@@ -177,7 +178,7 @@ def make_model(
         source = resolve(model_args.init_from)
         if find_adapter_config_file(source) is not None:
             raise SettingsError(f"init_from: {source} holds adapters; resume their training, or merge them first")
-        model = SequentialAttentionCountingModel.from_pretrained(source, **options, **overrides)
+        model = SequentialAttentionCountingModel.from_pretrained(source, use_safetensors=True, **options, **overrides)
         processor = SequentialAttentionCountingProcessor.from_pretrained(source)
     elif model_args.vlm is not None:
         source = resolve(model_args.vlm)
