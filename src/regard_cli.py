@@ -232,6 +232,19 @@ examples:
   print(pipeline('text-recognition', model='out/', trust_remote_code=True)('receipt.png'))"
   regard export OWNER/NAME here/             a copy of a Hub repository's model"""
 
+CARD_EPILOG = """\
+README.md in FOLDER gets, from evaluation.json, the metadata by which the Hub shows figures (model-index), and the
+table between the lines `<!-- figures -->` and `<!-- end of figures -->`; all else that you wrote there stays. Where
+there is no README.md yet, one is made, with what `regard train` left in FOLDER: settings, steps and validation.
+
+exit codes:
+  0  done; the card's path appears on standard output
+  2  nothing was done: FOLDER holds no model, evaluation.json is damaged, or FOLDER cannot be written
+
+examples:
+  regard evaluate runs/mine --dataset my-photos --output runs/mine/evaluation.json
+  regard card runs/mine --license apache-2.0"""
+
 PUSH_EPILOG = """\
 The repository is made if it is not there, public unless --private. It gets what `regard export MODEL DIR` would write,
 as one commit; other files in it stay. If the upload breaks off, the repository is as before: repeat the command.
@@ -432,6 +445,10 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="DIR", help="a new or empty folder")
     code_help = "add the code that loads the model without regard"
     export.add_argument("--with-code", action="store_true", help=code_help)
+
+    card = add_verb("card", "regard.card:run", "make a model's card, or renew its figures", CARD_EPILOG)
+    card.add_argument("folder", metavar="FOLDER", help="with the model")
+    card.add_argument("--license", metavar="NAME", help="of the weights, as the Hub names it, such as apache-2.0")
 
     push = add_verb("push", "regard.push:run", "put a model on the Hugging Face Hub", PUSH_EPILOG)
     push.add_argument("model", metavar="MODEL", help=model_help)

@@ -18,7 +18,7 @@ from regard.cli import name_drawings, write_as_text
 from regard.read import Reader
 from regard_cli import build_parser, main
 
-VERBS = ["read", "classify", "ask", "count", "predict", "train", "evaluate", "info", "export", "push"]
+VERBS = ["read", "classify", "ask", "count", "predict", "train", "evaluate", "info", "export", "card", "push"]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_help_names_every_verb_and_each_verb_teaches(capsys):
     assert set(build_parser()._subparsers._group_actions[0].choices) == set(VERBS)  # pyright: ignore
 
 
-@pytest.mark.parametrize("verb", ["read", "classify", "ask", "count", "predict", "info", "export", "push"])
+@pytest.mark.parametrize("verb", ["read", "classify", "ask", "count", "predict", "info", "export", "card", "push"])
 def test_help_documents_the_exit_codes(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])

@@ -29,7 +29,7 @@ def test_commands_parse():
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [command for command in commands if command and command[0] == "regard"]
     assert {command[1] for command in commands} == {
-        "read", "classify", "ask", "count", "predict", "train", "evaluate", "info", "push", "export"
+        "read", "classify", "ask", "count", "predict", "train", "evaluate", "info", "card", "push", "export"
     }  # fmt: skip
     for command in commands:
         words = command[1 : command.index(">")] if ">" in command else command[1:]

@@ -11,6 +11,7 @@ import yaml
 
 from regard import ImageTextSlotModel
 from regard.train import RECIPES, SettingsError, find_checkpoint, main, parse_settings
+from regard.trainers.checkpoints import seal
 
 
 @pytest.fixture
@@ -127,6 +128,7 @@ def test_resume_finds_the_newest_checkpoint(write, base, tmp_path):
     assert find(True) is None
     for step in (5, 10):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        seal(tmp_path / "run" / f"checkpoint-{step}")
     assert find(True) == str(tmp_path / "run/checkpoint-10")
     assert find(str(tmp_path / "run/checkpoint-5")) == str(tmp_path / "run/checkpoint-5")
     with pytest.raises(SettingsError, match="nowhere is no folder"):
@@ -146,6 +148,10 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     model = ImageTextSlotModel.from_pretrained(tmp_path / "run")
     assert model.config.num_slots == 64
     assert (tmp_path / "run/processor_config.json").is_file()
+    card = (tmp_path / "run/README.md").read_text()
+    assert f"Trained on `{images}`." in card
+    assert "max_steps: 2\n" in card
+    assert "2 steps (" in card
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert sum("eval_loss" in entry for entry in state["log_history"]) == 2

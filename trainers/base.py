@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
+from regard.card import write_card
 from regard.trainers import checkpoints
 
 
@@ -233,6 +234,10 @@ class RegardTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and os.path.isfile(path := self._random_state_path(checkpoint)):
             checkpoints.set_random_states(checkpoints.load_state(path))
+
+    def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), license)
 
     def restore(self, checkpoint: str) -> None:
         """Be as after a training whose last checkpoint this is."""

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from regard.card import SETTINGS_NAME, write_card
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
@@ -57,6 +58,7 @@ from regard.trainers.trainer_sequential_attention_counting import CountTrainingA
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_NOT_OF_CARDS = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of the model
 
 
 @dataclass
@@ -338,6 +340,30 @@ def parse_settings(arguments: Sequence[str]) -> tuple[Recipe, Any, Any, Any]:
     Raises:
         SettingsError: the file cannot be read, or a name or a value is wrong.
     """
+    recipe, parser, flags = _parser_and_flags(arguments)
+    *filled, unknown = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise SettingsError(parser.explain_unknown(unknown[0]))
+    model_args, data_args, training_args = filled
+    return recipe, model_args, data_args, training_args
+
+
+def given_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that are not the defaults, by name, as a file of them would have them.
+
+    Args:
+        arguments: as for `parse_settings`, which accepts them.
+    """
+    _, parser, flags = _parser_and_flags(arguments)
+    filled = vars(parser.parse_args(flags))
+    chosen = {name: value for name, value in filled.items() if value != parser.get_default(name)}
+    return {"model": filled["model"], **chosen}
+
+
+def _parser_and_flags(arguments: Sequence[str]) -> tuple[Recipe, "_Parser", list[str]]:
+    """The parser of a model's settings, and a file's settings and flags as flags."""
     arguments = list(arguments)
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     settings = read_settings(path) if path is not None else {}
@@ -356,14 +382,7 @@ def parse_settings(arguments: Sequence[str]) -> tuple[Recipe, Any, Any, Any]:
         description=f"Train {model}. Settings of a file are overridden by flags.",
         allow_abbrev=False,
     )
-    flags = parser.flags_of(settings, path) + arguments
-    *filled, unknown = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise SettingsError(parser.explain_unknown(unknown[0]))
-    model_args, data_args, training_args = filled
-    return recipe, model_args, data_args, training_args
+    return recipe, parser, parser.flags_of(settings, path) + arguments
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -421,8 +440,9 @@ class _Parser(HfArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the arguments say, and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        recipe, model_args, data_args, training_args = parse_settings(sys.argv[1:] if arguments is None else arguments)
+        recipe, model_args, data_args, training_args = parse_settings(arguments)
         checkpoint = find_checkpoint(training_args)
         finished = checkpoint if checkpoint is not None and is_finished(checkpoint, training_args) else None
         if finished is not None and is_saved(finished, training_args):
@@ -439,6 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()  # last: it says that the rest is there
+    if trainer.is_world_process_zero():
+        folder = Path(str(training_args.output_dir))
+        settings = {name: value for name, value in given_settings(arguments).items() if name not in _NOT_OF_CARDS}
+        (folder / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_card(folder)
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
 
