@@ -73,10 +73,10 @@ def whole(flags, tmp_path: Path) -> Path:
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:
-    first, second = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    ours, others = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == others.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, others[name]), name
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
