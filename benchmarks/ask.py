@@ -7,14 +7,16 @@ ViLT of the same size, the prior of the questions alone, and whether the maps me
 
 `cost`: one thread, batch 1, processor time, all in one run and in turns, the median of the rounds. Its accuracies,
 by which `keep_patches` would be chosen, are of the validation split. `prior`: the most frequent training answer to
-the very same question, and over all questions, on the test split. `maps`: pointing accuracy, chance, deletion and
-insertion on the test split, on questions with boxes, for each model and for random maps.
+the very same question, to its type, and over all questions, on the test split (of scenes 20,000 and 5,000
+questions). `maps`: pointing accuracy, chance, deletion and insertion on the test split, on questions with boxes, for
+each model and for random maps.
 
-Prints Markdown and writes benchmarks/results/ask_{cost,prior,maps}.json and docs/ask_{cost,maps}.png.
+Prints Markdown and writes benchmarks/results/ask_WHAT_DATASET.json and docs/ask_WHAT_DATASET.png.
 """
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -32,6 +34,7 @@ from classify import ROOT, plotted
 from transformers import ViltConfig, ViltForQuestionAnswering
 from transformers.utils import logging as transformers_logging
 
+from regard.data.scenes import SceneDataset
 from regard.data.visual_questions import load_visual_questions
 from regard.evaluate import processor_name
 from regard.evaluate_questions import Asker, choose_questions
@@ -41,6 +44,7 @@ from regard.metrics.visual_question_answering.visual_question_answering import n
 from regard.trainers.trainer_query_conditioned_vqa import boxes_in_shares, distinct_images
 
 RESULTS = Path(__file__).with_name("results")
+_TOLD = ("question", "question_type", "answers")
 
 
 def in_turns(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -134,23 +138,34 @@ def accuracy(asker: Asker, rows: list[Mapping[str, Any]]) -> float:
     return score_answers(given, [row["answers"] for row in rows])["accuracy"]
 
 
-def prior(dataset: str) -> dict[str, float]:
-    """Test accuracy of the most frequent training answer, to the same question and over all."""
-    train, test = (load_visual_questions(dataset, split) for split in ("train", "test"))
-    over_all: Counter[str] = Counter()
-    by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, answers in zip(train["question"], train["answers"], strict=True):
-        given = [normalize_answer(text) for text in answers]
-        over_all.update(given)
-        by_question[question].update(given)
-    best = over_all.most_common(1)[0][0]
-    asked = test["question"]
-    told = [by_question[question].most_common(1)[0][0] if question in by_question else best for question in asked]
-    references = list(test["answers"])
+def prior(dataset: str, generated: tuple[int, int] = (20_000, 5_000)) -> dict[str, float]:
+    """Test accuracy of the most frequent training answer: to the same question, to its type, and over all."""
+    train, test = (told(dataset, split, size) for split, size in zip(("train", "test"), generated, strict=True))
+    counts: dict[Any, Counter[str]] = defaultdict(Counter)
+    for question, kind, answers in train:
+        for given in map(normalize_answer, answers):
+            for known in (None, ("type", kind), ("question", question)):
+                counts[known][given] += 1
+    best = {known: counter.most_common(1)[0][0] for known, counter in counts.items()}
+    references = [answers for *_, answers in test]
+    by_type = [best.get(("type", kind), best[None]) for _, kind, _ in test]
+    by_question = [best.get(("question", question), other) for (question, *_), other in zip(test, by_type, strict=True)]
     return {
-        "majority": score_answers([best] * len(references), references)["accuracy"],
-        "question only": score_answers(told, references)["accuracy"],
+        "majority": score_answers([best[None]] * len(references), references)["accuracy"],
+        "question's type": score_answers(by_type, references)["accuracy"],
+        "question only": score_answers(by_question, references)["accuracy"],
     }
+
+
+def told(dataset: str, split: str, generated: int) -> list[tuple[str, str, list[str]]]:
+    """Question, type and answers of all rows of a split, or of so many generated ones."""
+    if dataset == "scenes":
+        scenes = SceneDataset(split, generated)
+        rows = ([scenes[row][name] for name in _TOLD] for row in range(generated))
+    else:
+        data = load_visual_questions(dataset, split)
+        rows = zip(*(data[name] for name in _TOLD), strict=True)
+    return [(question, kind, list(answers)) for question, kind, answers in rows]
 
 
 @torch.inference_mode()
@@ -185,6 +200,10 @@ def maps(asker: Asker, rows: list[Mapping[str, Any]], seed: int) -> dict[str, An
     }
 
 
+def file_stem(options: argparse.Namespace) -> str:
+    return f"ask_{options.what}_{re.sub(r'[^a-z0-9]+', '-', Path(options.dataset).name.lower())}"
+
+
 def chosen_rows(options: argparse.Namespace, split: str, with_boxes: bool = False) -> list[Mapping[str, Any]]:
     """The first questions of a split; where asked for, of those with boxes."""
     choice = Namespace(model="", tiers=None, dataset=options.dataset, images=None, seed=options.seed)
@@ -212,7 +231,7 @@ def run_cost(options: argparse.Namespace) -> dict[str, Any]:
     print("| patches kept | ms, ten questions | validation accuracy |\n|--:|--:|--:|")
     for row in result["keep_patches"]:
         print(f"| {row['keep_patches']} | {row['ms_ten_questions']} | {100 * row['accuracy']:.1f} % |")
-    with plotted(options.plots / "ask_cost.png") as axes:
+    with plotted(options.plots / f"{file_stem(options)}.png") as axes:
         if axes is not None:
             spent, right = zip(
                 *((r["ms_ten_questions"], 100 * r["accuracy"]) for r in result["keep_patches"]), strict=True
@@ -246,7 +265,7 @@ def run_maps(options: argparse.Namespace) -> dict[str, Any]:
         ]
         cells = (name, *(f"{100 * row[part]:.1f} %" for part in ("pointing_accuracy", "pointing_chance")), *areas)
         print(f"| {' | '.join(cells)} |")
-    with plotted(options.plots / "ask_maps.png") as axes:
+    with plotted(options.plots / f"{file_stem(options)}.png") as axes:
         if axes is not None:
             for (name, row), color in zip(result.items(), ("C0", "C1"), strict=False):
                 for kind, style in (("deletion", "-"), ("insertion", "--")):
@@ -270,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="cost: timed rounds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/ask_WHAT.json)")
+    parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/ask_WHAT_DATASET.json)")
     options = parser.parse_args(arguments)
     options.dataset = options.dataset or ("easy-vqa" if options.what == "prior" else "scenes")
     transformers_logging.set_verbosity_error()
@@ -283,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         "processor": processor_name(),
         "results": result,
     }
-    output = options.output or RESULTS / f"ask_{options.what}.json"
+    output = options.output or RESULTS / f"{file_stem(options)}.json"
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 

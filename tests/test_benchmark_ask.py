@@ -56,7 +56,12 @@ def test_maps_of_two_models(ask, tiny_vqa, tmp_path, capsys):
 
 
 def test_prior(ask):
-    assert ask.prior("easy-vqa") == {
-        "majority": pytest.approx(0.373, abs=1e-3),
-        "question only": pytest.approx(0.670, abs=1e-3),
-    }
+    known = ask.prior("easy-vqa")
+    assert known["majority"] == pytest.approx(0.373, abs=1e-3)
+    assert known["question only"] == pytest.approx(0.670, abs=1e-3)
+
+
+def test_prior_of_generated_scenes(ask):
+    known = ask.prior("scenes", (400, 200))
+    assert known["majority"] < known["question's type"] < 0.6
+    assert known == ask.prior("scenes", (400, 200))
