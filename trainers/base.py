@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 
 @dataclass
 class RegardTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with two more learning rates."""
+    """`TrainingArguments` with two more learning rates. Defaults that differ from the parent's:
+
+    data_seed: `seed`, for each process draws noise of its own, but the order of the data must be one for all.
+    dispatch_batches, in `accelerator_config`: false. Each process reads its own rows of an iterable data set; the
+        parent's default would cut up collated batches, in which rows may share an image, or differ in length.
+    """
 
     muon_learning_rate: float = field(
         default=0.0,
@@ -28,6 +33,14 @@ class RegardTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of the encoders inside the model; default: that of the rest."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        settings: Any = self.accelerator_config
+        if settings.dispatch_batches is None:
+            settings.dispatch_batches = False
 
 
 class MuonWithOptimizer(torch.optim.Optimizer):
@@ -82,6 +95,10 @@ class RegardTrainer(Trainer):
         # A parameter that learns next to nothing, such as a branch under LayerScale 1e-6, has gradients too small for
         # normal floats, and CPUs compute with those a hundred times slower.
         torch.set_flush_denormal(True)
+        # The parent seeds all processes alike, and each would augment its images as the others do. Samplers of other
+        # kinds draw the order of the data from this seed.
+        if self.args.train_sampling_strategy in ("random", "sequential"):
+            set_seed(self.args.seed + self.args.process_index)
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -141,10 +158,12 @@ class RegardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = self._parts["train" if model.training else "eval"]
-        for name, value in outputs.items():
-            if name.startswith("loss_"):
-                parts[name].append(value.detach())
+        parts = {name: value.detach()[None] for name, value in outputs.items() if name.startswith("loss_")}
+        if parts and not model.training:  # a row has the mean of its batch, and rows that fill up the last one go
+            rows = torch.stack(list(parts.values()), dim=1).repeat(self.args.eval_batch_size, 1)
+            parts = dict(zip(parts, self.gather_function(rows).unbind(1), strict=True))
+        for name, value in parts.items():
+            self._parts["train" if model.training else "eval"][name].append(value)
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -159,7 +178,7 @@ class RegardTrainer(Trainer):
         """Means since the last call, over all processes."""
         parts, self._parts[mode] = self._parts[mode], defaultdict(list)
         return {
-            name: self.accelerator.gather(torch.stack(values).float().mean()).mean().item()
+            name: self.accelerator.gather(torch.cat(values).float().mean()).mean().item()
             for name, values in parts.items()
         }
 
