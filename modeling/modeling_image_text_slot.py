@@ -161,6 +161,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self.classifier = nn.Linear(slot.hidden_size, config.vocab_size)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.entries[0]
+
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """Memory `(batch, cells, memory_size)` of an image `(batch, channels, height, width)`, its rows and columns.
 

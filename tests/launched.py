@@ -6,6 +6,7 @@ The first process writes FOLDER/NAME/result.json, each FOLDER/process-N.json.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import test_trainer_qavit as qavit
 import test_trainer_query_conditioned_vqa as vqa
 import test_trainer_sequential_attention_counting as counting
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
@@ -62,7 +64,7 @@ def train(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
         save_steps=3,
         load_best_model_at_end=False,
         report_to="tensorboard",
-        **{"eval_strategy": "no", **settings, **changes},
+        **{"eval_strategy": "steps", "eval_steps": 3, **settings, **changes},
     )
     trainer.train_dataset, trainer.eval_dataset = rows, rows[:7]
     return trainer
@@ -75,23 +77,35 @@ def rows_read(trainer: Any, shards: int) -> list[int]:
     return torch.cat([batch["row"] for batch in trainer.get_train_dataloader()]).tolist()
 
 
+def shard_on_cpus() -> None:
+    """Let accelerate shard where there are no GPUs, in place of which it quietly falls back to DDP."""
+    initialize = AcceleratorState.__init__
+
+    def initialize_as_on_gpus(self, *args, **kwargs):
+        if PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialize(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = initialize_as_on_gpus
+
+
 def main(folder: str, size: str, *names: str) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
     state, batch_size, own = PartialState(), int(size), {}
     for name in names:
         trainer = train(name, Path(folder, name), batch_size, per_device_eval_batch_size=batch_size // 2)
         trainer.train()
         trainer.save_model()
         trainer.save_state()
-        # Of seven rows and batches of one in each of two processes, the eighth fills up; of batches of two likewise.
-        trainer.args.eval_strategy = "steps"
-        whole = trainer.evaluate()
         trainer.args.per_device_eval_batch_size = batch_size
-        result = {"log": trainer.state.log_history, "evaluation": whole, "larger_batches": trainer.evaluate()}
+        again = trainer.evaluate()
         if state.is_main_process:
+            result = {"sharding": trainer.is_fsdp_enabled, "log": trainer.state.log_history, "larger_batches": again}
             Path(folder, name, "result.json").write_text(json.dumps(result))
         own[name] = {"noise": torch.rand(()).item()}
     if "query_conditioned_vqa" in names:
-        trainer = train("query_conditioned_vqa", Path(folder, "stream"), batch_size)
+        trainer = train("query_conditioned_vqa", Path(folder, "stream"), batch_size, eval_strategy="no")
         trainer.train_dataset = Dataset.from_list(trainer.train_dataset).to_iterable_dataset()
         trainer.train()
         own["stream"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

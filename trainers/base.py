@@ -2,14 +2,17 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 
@@ -95,6 +98,10 @@ class RegardTrainer(Trainer):
         # A parameter that learns next to nothing, such as a branch under LayerScale 1e-6, has gradients too small for
         # normal floats, and CPUs compute with those a hundred times slower.
         torch.set_flush_denormal(True)
+        if self.is_fsdp_enabled:  # by the layers that there are: what a model names depends on its encoders
+            names = {type(module).__name__ for module in self.model.modules()}
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = sorted(names & set(self.model._no_split_modules))
         # The parent seeds all processes alike, and each would augment its images as the others do. Samplers of other
         # kinds draw the order of the data from this seed.
         if self.args.train_sampling_strategy in ("random", "sequential"):
@@ -187,9 +194,32 @@ class RegardTrainer(Trainer):
             logs.update(self._mean_parts("train"))
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Each process has all weights within, where they are sharded: it may call parts of the model, and alone."""
+        shards: list[Any] = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in shards:
+            module.reshard()
+            reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
+            module.set_reshard_after_forward(reshards and module is not shards[0], recurse=False)  # the root never does
+
+    def log_pictures(self, writer: Any, dataset: Any, prefix: str) -> None:
+        """Show TensorBoard what the model makes of some samples of an evaluation set."""
+
+    def evaluation_loop(
+        self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs
+    ) -> EvalLoopOutput:
         self._parts["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.whole_weights():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.is_world_process_zero():
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                        self.log_pictures(callback.tb_writer, dataloader.dataset, metric_key_prefix)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._mean_parts("eval").items()})
         return output
 
