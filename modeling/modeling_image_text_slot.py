@@ -117,7 +117,7 @@ class ImageTextSlotPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the losses are means of their own
-    _no_split_modules = ["ConvBlock", "ContextLayer", "SlotDecoderLayer"]
+    _no_split_modules = ["ConvBlock", "ContextLayer"]  # the decoder is called by its parts, which FSDP must not gather
     _supports_sdpa = True  # flash and flex attention take no dense additive bias
     _can_record_outputs = {
         "hidden_states": SlotDecoderLayer,

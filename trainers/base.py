@@ -98,8 +98,9 @@ class RegardTrainer(Trainer):
         # A parameter that learns next to nothing, such as a branch under LayerScale 1e-6, has gradients too small for
         # normal floats, and CPUs compute with those a hundred times slower.
         torch.set_flush_denormal(True)
-        if self.is_fsdp_enabled:  # by the layers that there are: what a model names depends on its encoders
-            names = {type(module).__name__ for module in self.model.modules()}
+        if self.is_fsdp_enabled:  # accelerate shards the input embeddings by themselves, and only layers that are there
+            embeddings = self.model.get_input_embeddings()
+            names = {type(module).__name__ for module in self.model.modules() if embeddings not in module.modules()}
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = sorted(names & set(self.model._no_split_modules))
         # The parent seeds all processes alike, and each would augment its images as the others do. Samplers of other
