@@ -1,8 +1,9 @@
-"""Trains a tiny model of each kind and tells what came of it: test_launch.py runs this in one process and in two.
+"""Trains tiny models of all kinds and tells what came of it: test_launch.py runs this in one process and in two.
 
     python tests/launched.py FOLDER BATCH_SIZE NAME [NAME ...]
 
-The first process writes FOLDER/NAME/result.json, each FOLDER/process-N.json.
+The first process writes FOLDER/NAME/result.json, each FOLDER/process-N.json. Under ACCELERATE_USE_FSDP=true, as
+`accelerate launch` sets it, weights are sharded.
 """
 
 import json
@@ -21,6 +22,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image, ImageDraw
+from torch.distributed.tensor import DTensor
 
 Rows = list[dict[str, Any]]
 
@@ -43,6 +45,7 @@ KINDS: dict[str, tuple[Callable[..., Any], Rows, dict[str, Any]]] = {
         {"logged_readings": 1},
     ),
     "qavit": (qavit.make_trainer, qavit.make_rows(8), {"ema_decay": 0.5, **qavit.PLAIN}),
+    "qavit_without_average": (qavit.make_trainer, qavit.make_rows(8), {"ema_decay": 0.0, **qavit.PLAIN}),
     "query_conditioned_vqa": (vqa.make_trainer, vqa.make_rows(4), {}),
     "sequential_attention_counting": (
         counting.make_trainer,
@@ -52,8 +55,8 @@ KINDS: dict[str, tuple[Callable[..., Any], Rows, dict[str, Any]]] = {
 }
 
 
-def train(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
-    """A trainer that has learned for three steps."""
+def make(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
+    """A trainer of three steps."""
     make_trainer, rows, settings = KINDS[name]
     trainer = make_trainer(
         folder,
@@ -64,7 +67,8 @@ def train(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
         save_steps=3,
         load_best_model_at_end=False,
         report_to="tensorboard",
-        **{"eval_strategy": "steps", "eval_steps": 3, **settings, **changes},
+        eval_steps=3,
+        **{"eval_strategy": "steps", **settings, **changes},
     )
     trainer.train_dataset, trainer.eval_dataset = rows, rows[:7]
     return trainer
@@ -94,18 +98,19 @@ def main(folder: str, size: str, *names: str) -> None:
         shard_on_cpus()
     state, batch_size, own = PartialState(), int(size), {}
     for name in names:
-        trainer = train(name, Path(folder, name), batch_size, per_device_eval_batch_size=batch_size // 2)
+        trainer = make(name, Path(folder, name), batch_size, per_device_eval_batch_size=batch_size // 2)
         trainer.train()
         trainer.save_model()
         trainer.save_state()
         trainer.args.per_device_eval_batch_size = batch_size
         again = trainer.evaluate()
         if state.is_main_process:
-            result = {"sharding": trainer.is_fsdp_enabled, "log": trainer.state.log_history, "larger_batches": again}
+            sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+            result = {"sharded": sharded, "log": trainer.state.log_history, "larger_batches": again}
             Path(folder, name, "result.json").write_text(json.dumps(result))
         own[name] = {"noise": torch.rand(()).item()}
     if "query_conditioned_vqa" in names:
-        trainer = train("query_conditioned_vqa", Path(folder, "stream"), batch_size, eval_strategy="no")
+        trainer = make("query_conditioned_vqa", Path(folder, "stream"), batch_size, eval_strategy="no")
         trainer.train_dataset = Dataset.from_list(trainer.train_dataset).to_iterable_dataset()
         trainer.train()
         own["stream"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -99,10 +99,11 @@ class RegardTrainer(Trainer):
         # normal floats, and CPUs compute with those a hundred times slower.
         torch.set_flush_denormal(True)
         if self.is_fsdp_enabled:  # accelerate shards the input embeddings by themselves, and only layers that are there
-            embeddings = self.model.get_input_embeddings()
-            names = {type(module).__name__ for module in self.model.modules() if embeddings not in module.modules()}
+            network: Any = self.model
+            embeddings = network.get_input_embeddings()
+            names = {type(module).__name__ for module in network.modules() if embeddings not in module.modules()}
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.transformer_cls_names_to_wrap = sorted(names & set(self.model._no_split_modules))
+            plugin.transformer_cls_names_to_wrap = sorted(names & set(network._no_split_modules))
         # The parent seeds all processes alike, and each would augment its images as the others do. Samplers of other
         # kinds draw the order of the data from this seed.
         if self.args.train_sampling_strategy in ("random", "sequential"):
@@ -150,6 +151,8 @@ class RegardTrainer(Trainer):
             groups = self.parameter_groups(network)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, network)
             if self.args.muon_learning_rate:
+                if self.is_deepspeed_enabled:
+                    raise ValueError("muon_learning_rate: DeepSpeed flattens matrices; give 0, or use DDP or FSDP2")
                 self.optimizer = MuonWithOptimizer(
                     groups, lambda others: optimizer_class(others, **kwargs), self.args.muon_learning_rate
                 )
@@ -211,9 +214,7 @@ class RegardTrainer(Trainer):
     def log_pictures(self, writer: Any, dataset: Any, prefix: str) -> None:
         """Show TensorBoard what the model makes of some samples of an evaluation set."""
 
-    def evaluation_loop(
-        self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._parts["eval"].clear()
         with self.whole_weights():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
