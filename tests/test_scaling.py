@@ -48,15 +48,10 @@ def test_a_step_is_as_long_as_what_bounds_it(scaling):
 
 
 def test_operations_are_those_of_forward_and_backward(scaling):
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(8, 4, bias=False)
-
-        def forward(self, x):
-            return type("Outputs", (), {"logits": self.head(x)})
-
-    assert scaling.count_operations(Model(), x=torch.zeros(3, 8)) == 2 * (2 * 3 * 8 * 4)  # no gradient of the input
+    linear = torch.nn.Linear(8, 4, bias=False)
+    assert scaling.count_operations(linear, input=torch.zeros(3, 8)) == 3 * (2 * 3 * 8 * 4)
+    channels = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    assert scaling.count_operations(channels, input=torch.zeros(1, 8, 5, 5)) == 3 * (2 * 8 * 25 * 9)
 
 
 def test_the_table_names_every_case(scaling):
