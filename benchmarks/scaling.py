@@ -93,7 +93,7 @@ def count_operations(model: torch.nn.Module, **inputs: torch.Tensor) -> int:
     Backward is taken for twice forward: the counter takes convolutions of single channels for dense ones there.
     """
     # The counter does not know the CPU's fused attention.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return 3 * counter.get_total_flops()
 
