@@ -27,13 +27,14 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to train: attention implementation, number of processes (two threads are shared by them), whether a batch is
-    of one tier, and whether memory is kept (`MALLOC`)."""
+    """How to train: attention implementation, number of processes, whether a batch is of one tier, whether memory is
+    kept (`MALLOC`), and the threads that the processes share."""
 
     attention: str
     processes: int
     grouped: bool
     keep_memory: bool = True
+    threads: int = 2
 
 
 SETTINGS = {
@@ -46,6 +47,7 @@ SETTINGS = {
     "eager, 1 process, grouped": Setting("eager", 1, grouped=True),
     "eager, 2 processes, mixed": Setting("eager", 2, grouped=False),
     "after": Setting("eager", 2, grouped=True),
+    "half of after": Setting("eager", 1, grouped=True, threads=1),  # one process where that has two
 }
 
 
@@ -101,7 +103,10 @@ def measure(name: str, preset: str, steps: int) -> float:
     """
     setting = SETTINGS[name]
     environment = {key: value for key, value in os.environ.items() if key not in MALLOC}
-    environment |= {"OMP_NUM_THREADS": str(2 // setting.processes), **(MALLOC if setting.keep_memory else {})}
+    environment |= {
+        "OMP_NUM_THREADS": str(setting.threads // setting.processes),
+        **(MALLOC if setting.keep_memory else {}),
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.processes)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "images_per_second.json")
@@ -143,7 +148,7 @@ def main() -> int:
     print("|---|---|---|---|---|---:|---:|")
     for name, speed in speeds.items():
         setting = SETTINGS[name]
-        threads = f"{setting.processes} x {2 // setting.processes}"
+        threads = f"{setting.processes} x {setting.threads // setting.processes}"
         batches, memory = "grouped" if setting.grouped else "mixed", "kept" if setting.keep_memory else "mapped afresh"
         print(
             f"| {name} | {setting.attention} | {threads} | {batches} | {memory} | {speed:.1f} | {speed / first:.2f} |"

@@ -117,7 +117,7 @@ class ImageTextSlotPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the losses are means of their own
-    _no_split_modules = ["ConvBlock", "ContextLayer", "SlotDecoderLayer"]
+    _no_split_modules = ["ConvBlock", "ContextLayer"]  # the decoder is called by its parts, which FSDP must not gather
     _supports_sdpa = True  # flash and flex attention take no dense additive bias
     _can_record_outputs = {
         "hidden_states": SlotDecoderLayer,
@@ -160,6 +160,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self.slot_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(slot.hidden_size, config.vocab_size)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.entries[0]
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """Memory `(batch, cells, memory_size)` of an image `(batch, channels, height, width)`, its rows and columns.

@@ -268,6 +268,7 @@ class QAViTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean of its own
     _no_split_modules = ["QAViTLayer"]
+    _input_embed_layer = "embeddings"
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_record_outputs = {"hidden_states": QAViTLayer, "attentions": OutputRecorder(QAViTBranches, index=1)}

@@ -216,6 +216,9 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             setattr(model, f"{name}_model", encoder)
         return model
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches `(images, patches, hidden_size)` of images `(images, channels, height, width)`, row by row."""
         # Convolutions on a CPU are faster so, and others do not mind.

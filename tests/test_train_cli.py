@@ -169,9 +169,9 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
 
 def test_accelerate_launches_two_processes(root, write, base, images, tmp_path):
     path = write(base | {"dataset": str(images), "eval_strategy": "steps", "eval_steps": 1})
-    config = root / "trainers/accelerate/two_devices.yaml"
+    config = root / "trainers/accelerate/ddp.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launch += ["--main_process_port", "0"]  # any free one
+    launch += ["--num_processes", "2", "--main_process_port", "0"]  # any free one
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, "-m", "regard.train", path], capture_output=True, text=True, timeout=280, env=environment

@@ -3,7 +3,8 @@
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
@@ -21,7 +24,12 @@ from regard.trainers import checkpoints
 
 @dataclass
 class RegardTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with two more learning rates."""
+    """`TrainingArguments` with two more learning rates. Defaults that differ from the parent's:
+
+    data_seed: `seed`, for each process draws noise of its own, but the order of the data must be one for all.
+    dispatch_batches, in `accelerator_config`: false. Each process reads its own rows of an iterable data set; the
+        parent's default would cut up collated batches, in which rows may share an image, or differ in length.
+    """
 
     muon_learning_rate: float = field(
         default=0.0,
@@ -34,6 +42,14 @@ class RegardTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of the encoders inside the model; default: that of the rest."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        settings: Any = self.accelerator_config
+        if settings.dispatch_batches is None:
+            settings.dispatch_batches = False
 
 
 class MuonWithOptimizer(torch.optim.Optimizer):
@@ -88,6 +104,16 @@ class RegardTrainer(Trainer):
         # A parameter that learns next to nothing, such as a branch under LayerScale 1e-6, has gradients too small for
         # normal floats, and CPUs compute with those a hundred times slower.
         torch.set_flush_denormal(True)
+        if self.is_fsdp_enabled:  # accelerate shards the input embeddings by themselves, and only layers that are there
+            network: Any = self.model
+            embeddings = network.get_input_embeddings()
+            names = {type(module).__name__ for module in network.modules() if embeddings not in module.modules()}
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = sorted(names & set(network._no_split_modules))
+        # The parent seeds all processes alike, and each would augment its images as the others do. Samplers of other
+        # kinds draw the order of the data from this seed.
+        if self.args.train_sampling_strategy in ("random", "sequential"):
+            set_seed(self.args.seed + self.args.process_index)
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -131,6 +157,8 @@ class RegardTrainer(Trainer):
             groups = self.parameter_groups(network)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, network)
             if self.args.muon_learning_rate:
+                if self.is_deepspeed_enabled:
+                    raise ValueError("muon_learning_rate: DeepSpeed flattens matrices; give 0, or use DDP or FSDP2")
                 self.optimizer = MuonWithOptimizer(
                     groups, lambda others: optimizer_class(others, **kwargs), self.args.muon_learning_rate
                 )
@@ -147,10 +175,12 @@ class RegardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = self._parts["train" if model.training else "eval"]
-        for name, value in outputs.items():
-            if name.startswith("loss_"):
-                parts[name].append(value.detach())
+        parts = {name: value.detach()[None] for name, value in outputs.items() if name.startswith("loss_")}
+        if parts and not model.training:  # a row has the mean of its batch, and rows that fill up the last one go
+            rows = torch.stack(list(parts.values()), dim=1).repeat(self.args.eval_batch_size, 1)
+            parts = dict(zip(parts, self.gather_function(rows).unbind(1), strict=True))
+        for name, value in parts.items():
+            self._parts["train" if model.training else "eval"][name].append(value)
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -250,7 +280,7 @@ class RegardTrainer(Trainer):
         """Means since the last call, over all processes."""
         parts, self._parts[mode] = self._parts[mode], defaultdict(list)
         return {
-            name: self.accelerator.gather(torch.stack(values).float().mean()).mean().item()
+            name: self.accelerator.gather(torch.cat(values).float().mean()).mean().item()
             for name, values in parts.items()
         }
 
@@ -259,9 +289,30 @@ class RegardTrainer(Trainer):
             logs.update(self._mean_parts("train"))
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Each process has all weights within, where they are sharded: it may call parts of the model, and alone."""
+        shards: list[Any] = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in shards:
+            module.reshard()
+            reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
+            module.set_reshard_after_forward(reshards and module is not shards[0], recurse=False)  # the root never does
+
+    def log_pictures(self, writer: Any, dataset: Any, prefix: str) -> None:
+        """Show TensorBoard what the model makes of some samples of an evaluation set."""
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._parts["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.whole_weights():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.is_world_process_zero():
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                        self.log_pictures(callback.tb_writer, dataloader.dataset, metric_key_prefix)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._mean_parts("eval").items()})
         return output
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalPrediction
 
 from regard.metrics.text_recognition.text_recognition import score_texts
@@ -133,8 +132,9 @@ class SlotTrainer(RegardTrainer):
     def __init__(self, model, args: SlotTrainingArguments, processing_class: ImageTextSlotProcessor, **kwargs):
         kwargs.setdefault("data_collator", SlotCollator(processing_class))
         kwargs.setdefault("compute_metrics", self.score)
-        model = model.to(memory_format=torch.channels_last)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        if not self.is_fsdp_enabled:  # which takes contiguous weights only
+            self.model.to(memory_format=torch.channels_last)
         config = self.accelerator.unwrap_model(self.model).config
         config.training_slots = args.training_slots
         self._count_weight, self._teacher_forcing = config.counter_config.loss_weight, config.teacher_forcing
@@ -194,17 +194,10 @@ class SlotTrainer(RegardTrainer):
         decode = self.processing_class.tokenizer.decode
         return [decode(row[row >= 0].tolist(), skip_special_tokens=True) for row in sequences]
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        writers = [c.tb_writer for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-        if self.is_world_process_zero() and self.args.logged_readings:
-            for writer in writers:
-                if writer is not None:
-                    self._log_readings(writer, dataloader.dataset, metric_key_prefix)
-        return output
-
     @torch.no_grad()
-    def _log_readings(self, writer, dataset, prefix: str) -> None:
+    def log_pictures(self, writer, dataset, prefix: str) -> None:
+        if not self.args.logged_readings:
+            return
         images = [dataset[i]["pixel_values"] for i in range(min(self.args.logged_readings, len(dataset)))]
         model = self.accelerator.unwrap_model(self.model)
         inputs = self.processing_class(images=images, return_tensors="pt").to(self.args.device)

@@ -107,6 +107,8 @@ class QAViTTrainer(RegardTrainer):
         kwargs.setdefault("data_collator", ClassificationCollator(processing_class))
         kwargs.setdefault("compute_metrics", score)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        if args.ema_decay and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("ema_decay: whole weights are averaged; give 0 where they are sharded, or launch with DDP")
         self.size_curriculum = [parse_size(item) for item in args.size_curriculum]
         self.label_smoother = None  # it cannot smooth the labels of mixed images: compute_loss does
         mean, std = (

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalPrediction
 
 from regard.data.labelled_images import open_stored
@@ -255,16 +254,7 @@ class AlternatingCountTrainer(RegardTrainer):
             objects.masked_fill(objects < 0, PADDING),
         )
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        writers = [c.tb_writer for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-        if self.is_world_process_zero() and self.args.logged_counts:
-            for writer in writers:
-                if writer is not None:
-                    self._log_counts(writer, dataloader.dataset, metric_key_prefix)
-        return output
-
-    def _log_counts(self, writer, dataset, prefix: str) -> None:
+    def log_pictures(self, writer, dataset, prefix: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
         for index in range(min(self.args.logged_counts, len(dataset))):
             row = dataset[index]

@@ -1,0 +1,122 @@
+"""Trains tiny models of all kinds and tells what came of it: test_launch.py runs this in one process and in two.
+
+    python tests/launched.py FOLDER BATCH_SIZE NAME [NAME ...]
+
+The first process writes FOLDER/NAME/result.json, each FOLDER/process-N.json. Under ACCELERATE_USE_FSDP=true, as
+`accelerate launch` sets it, weights are sharded.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import test_trainer_image_text_slot as slot
+import test_trainer_qavit as qavit
+import test_trainer_query_conditioned_vqa as vqa
+import test_trainer_sequential_attention_counting as counting
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from PIL import Image, ImageDraw
+from torch.distributed.tensor import DTensor
+
+Rows = list[dict[str, Any]]
+
+
+def one_object(number: int) -> dict[str, Any]:
+    """A square with all the cells around it."""
+    x, y, color = 12 + number % 2 * 8, 12 + number // 2 % 2 * 8, ("red", "blue")[number // 4]
+    image = Image.new("RGB", (32, 32), "white")
+    ImageDraw.Draw(image).rectangle((x - 3, y - 3, x + 2, y + 2), fill=color)
+    return {"pixel_values": image, "image_id": str(number), "category": color, "points": [[x, y]]}
+
+
+# Of each trainer what makes it, the rows, and the settings that leave nothing to chance. The losses are means over
+# characters, questions, objects, so the mean over processes is that of all only if each process has as many: all texts
+# are of four characters, all images hold one object.
+KINDS: dict[str, tuple[Callable[..., Any], Rows, dict[str, Any]]] = {
+    "image_text_slot": (
+        slot.make_trainer,
+        [slot.row(text) for text in ("stop", "pots", "spot", "tops", "opts", "post", "sopt", "ptos")],
+        {"logged_readings": 1},
+    ),
+    "qavit": (qavit.make_trainer, qavit.make_rows(8), {"ema_decay": 0.5, **qavit.PLAIN}),
+    "qavit_without_average": (qavit.make_trainer, qavit.make_rows(8), {"ema_decay": 0.0, **qavit.PLAIN}),
+    "query_conditioned_vqa": (vqa.make_trainer, vqa.make_rows(4), {}),
+    "sequential_attention_counting": (
+        counting.make_trainer,
+        [one_object(number) for number in range(8)],
+        {"point_jitter": 0.0, "double_points": 0.0, "logged_counts": 1},
+    ),
+}
+
+
+def make(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
+    """A trainer of three steps."""
+    make_trainer, rows, settings = KINDS[name]
+    trainer = make_trainer(
+        folder,
+        max_steps=3,
+        per_device_train_batch_size=batch_size,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=False,
+        report_to="tensorboard",
+        eval_steps=3,
+        **{"eval_strategy": "steps", **settings, **changes},
+    )
+    trainer.train_dataset, trainer.eval_dataset = rows, rows[:7]
+    return trainer
+
+
+def rows_read(trainer: Any, shards: int) -> list[int]:
+    """Which of eight rows of a stream this process reads in an epoch."""
+    trainer.train_dataset = Dataset.from_dict({"row": range(8)}).to_iterable_dataset(num_shards=shards)
+    trainer.data_collator = lambda rows: {"row": torch.tensor([row["row"] for row in rows])}
+    return torch.cat([batch["row"] for batch in trainer.get_train_dataloader()]).tolist()
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate shard where there are no GPUs, in place of which it quietly falls back to DDP."""
+    initialize = AcceleratorState.__init__
+
+    def initialize_as_on_gpus(self, *args, **kwargs):
+        if PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialize(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = initialize_as_on_gpus
+
+
+def main(folder: str, size: str, *names: str) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
+    state, batch_size, own = PartialState(), int(size), {}
+    for name in names:
+        trainer = make(name, Path(folder, name), batch_size, per_device_eval_batch_size=batch_size // 2)
+        trainer.train()
+        trainer.save_model()
+        trainer.save_state()
+        trainer.args.per_device_eval_batch_size = batch_size
+        again = trainer.evaluate()
+        if state.is_main_process:
+            sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+            result = {"sharded": sharded, "log": trainer.state.log_history, "larger_batches": again}
+            Path(folder, name, "result.json").write_text(json.dumps(result))
+        own[name] = {"noise": torch.rand(()).item()}
+    if "query_conditioned_vqa" in names:
+        trainer = make("query_conditioned_vqa", Path(folder, "stream"), batch_size, eval_strategy="no")
+        trainer.train_dataset = Dataset.from_list(trainer.train_dataset).to_iterable_dataset()
+        trainer.train()
+        own["stream"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        own["rows"] = {shards: rows_read(trainer, shards) for shards in (1, 4)}
+    Path(folder, f"process-{state.process_index}.json").write_text(json.dumps(own))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
