@@ -176,7 +176,7 @@ def test_a_checkpoint_without_the_optimizer_cannot_go_on(flags, whole):
 
 def test_no_pickle_is_written_and_none_is_read(flags, whole, tmp_path):
     files = [path for path in whole.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files if "tfevents" not in path.name} == {".json", ".safetensors"}
+    assert {path.suffix for path in files if "tfevents" not in path.name} == {".json", ".md", ".safetensors"}
     newest = Path(str(checkpoints.find_newest(whole)[0]))
     planted = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt")
     for folder in (newest, whole):

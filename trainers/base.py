@@ -1,25 +1,20 @@
 """What the trainers of all models share: which parameters learn how, and a log of each part of the loss."""
 
-import copy
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from regard.card import write_card
-from regard.trainers import checkpoints
+from regard.trainers.checkpoints import CheckpointTrainer
 
 
 @dataclass
@@ -89,8 +84,8 @@ def own_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
 
 
-class RegardTrainer(Trainer):
-    """`transformers.Trainer` that decays matrices only and logs the mean of every output field named `loss_*`.
+class RegardTrainer(CheckpointTrainer):
+    """`CheckpointTrainer` that decays matrices only and logs the mean of every output field named `loss_*`.
 
     The stock trainer decays everything that is not a bias or in a norm: learned tokens and LayerScale too. A model
     names its learned tokens in `no_weight_decay`, and in `backbone_modules` the encoders that may have a learning rate
@@ -183,98 +178,9 @@ class RegardTrainer(Trainer):
             self._parts["train" if model.training else "eval"][name].append(value)
         return (loss, outputs) if return_outputs else loss
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        if not self.args.should_save:
-            return
-        folder = output_dir or str(self.args.output_dir)
-        network: Any = self.accelerator.unwrap_model(self.model)
-        network.save_pretrained(folder, state_dict=state_dict)
-        if isinstance(network, PeftModel):
-            config = copy.deepcopy(network.get_base_model().config)
-            vars(config).pop("quantization_config", None)  # how to load the rest again is free
-            config.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        Path(folder, checkpoints.ARGUMENTS_NAME).write_text(self.args.to_json_string(), encoding="utf-8")
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run = self._get_output_dir(trial)
-        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            checkpoints.unseal(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:  # older checkpoints stay until the new one is complete
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.seal(folder)
-            rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
-
-    @property
-    def _state_is_sharded(self) -> bool:
-        """FSDP and DeepSpeed save the optimizer's state in ways of their own."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._state_is_sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            optimizer, scheduler, scaler = self._stateful()
-            state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            if scaler is not None:
-                state["scaler"] = scaler.state_dict()
-            checkpoints.save_state(state, os.path.join(output_dir, checkpoints.STATE_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._state_is_sharded:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        path = os.path.join(checkpoint, checkpoints.STATE_NAME)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{checkpoint} has no {checkpoints.STATE_NAME}, so that training cannot go on where it stopped; "
-                "begin a new one with its weights (init_from)"
-            )
-        state = checkpoints.load_state(path)
-        optimizer, scheduler, scaler = self._stateful()
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
-
-    def _stateful(self) -> tuple[Any, Any, Any]:
-        return self.optimizer, self.lr_scheduler, self.accelerator.scaler
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self._state_is_sharded:
-            super()._save_scaler(output_dir)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._state_is_sharded:
-            super()._load_scaler(checkpoint)
-
-    def _random_state_path(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, checkpoints.RANDOM_STATE_NAME.format(process=self.args.process_index))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        os.makedirs(output_dir, exist_ok=True)  # the process that saves the model may come later
-        checkpoints.save_state(checkpoints.random_states(), self._random_state_path(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and os.path.isfile(path := self._random_state_path(checkpoint)):
-            checkpoints.set_random_states(checkpoints.load_state(path))
-
     def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), license)
-
-    def restore(self, checkpoint: str) -> None:
-        """Be as after a training whose last checkpoint this is."""
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
 
     def _mean_parts(self, mode: str) -> dict[str, float]:
         """Means since the last call, over all processes."""

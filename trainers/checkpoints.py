@@ -5,6 +5,7 @@ and takes the folder with the highest number for the newest checkpoint, however 
 safetensors, and a checkpoint is complete when a manifest, written last and at once, says how large each file is.
 """
 
+import copy
 import json
 import os
 import random
@@ -13,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 # None of them belongs to a model that is exported or pushed, which is known by how their names begin.
 MANIFEST_NAME = "training_manifest.json"
@@ -136,3 +140,100 @@ def find_newest(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:
             return folder, skipped
         skipped[folder] = reason
     return None, skipped
+
+
+class CheckpointTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints are complete or recognised as not, and without a pickle.
+
+    Where FSDP or DeepSpeed shards the optimizer's state, they save it in ways of their own, which pickle.
+    A `PeftModel` is saved as adapters with the model's configuration.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or str(self.args.output_dir)
+        network: Any = self.accelerator.unwrap_model(self.model)
+        network.save_pretrained(folder, state_dict=state_dict)
+        if isinstance(network, PeftModel):
+            config = copy.deepcopy(network.get_base_model().config)
+            vars(config).pop("quantization_config", None)  # how to load the rest again is free
+            config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        Path(folder, ARGUMENTS_NAME).write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run = self._get_output_dir(trial)
+        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            unseal(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # older checkpoints stay until the new one is complete
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+
+    @property
+    def _state_is_sharded(self) -> bool:
+        """FSDP and DeepSpeed save the optimizer's state in ways of their own."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._state_is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            optimizer, scheduler, scaler = self._stateful()
+            state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            if scaler is not None:
+                state["scaler"] = scaler.state_dict()
+            save_state(state, os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._state_is_sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint, STATE_NAME)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{checkpoint} has no {STATE_NAME}, so that training cannot go on where it stopped; "
+                "begin a new one with its weights (init_from)"
+            )
+        state = load_state(path)
+        optimizer, scheduler, scaler = self._stateful()
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+
+    def _stateful(self) -> tuple[Any, Any, Any]:
+        return self.optimizer, self.lr_scheduler, self.accelerator.scaler
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self._state_is_sharded:
+            super()._save_scaler(output_dir)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._state_is_sharded:
+            super()._load_scaler(checkpoint)
+
+    def _random_state_path(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, RANDOM_STATE_NAME.format(process=self.args.process_index))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)  # the process that saves the model may come later
+        save_state(random_states(), self._random_state_path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and os.path.isfile(path := self._random_state_path(checkpoint)):
+            set_random_states(load_state(path))
+
+    def restore(self, checkpoint: str) -> None:
+        """Be as after a training whose last checkpoint this is."""
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
