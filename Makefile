@@ -22,9 +22,10 @@ demo: $(VENV)/.installed ## read, classify, ask about and count in the sample im
 	@echo
 	@$(BIN)/regard classify samples/clothes --draw demo/classify
 	@echo
-	@echo "Asking a third about the images of samples/shapes/:"
+	@echo "Asking a third about the images of samples/shapes/, and its sibling about one of samples/scenes/:"
 	@echo
 	@$(BIN)/regard ask samples/shapes "what shape is in the image?" "what color is the shape?" "is there a circle?" --draw demo/ask
+	@$(BIN)/regard ask samples/scenes/2.png "is the ring the same color as the circle?" "what shape is the green object to the left of the striped square?" "are there more gray things than green things?" --model query-conditioned-vqa-scenes --draw demo/ask
 	@echo
 	@echo "Counting with a fourth what the images of samples/counting/ hold:"
 	@echo
