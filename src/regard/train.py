@@ -5,7 +5,6 @@ file, from flags, or from both, where flags win. A name that no field has is ref
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
-    HfArgumentParser,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -48,7 +45,13 @@ from regard.processing.processing_query_conditioned_vqa import QueryConditionedV
 from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.processing.tokenization_question import train_question_tokenizer
 from regard.train_counting import CountDataArguments, CountModelArguments, build_sequential_attention_counting
-from regard.train_settings import ModelArguments, OverridingModelArguments, SettingsError
+from regard.train_settings import (
+    ModelArguments,
+    OverridingModelArguments,
+    SettingsError,
+    SettingsParser,
+    read_settings,
+)
 from regard.trainers.base import RegardTrainer
 from regard.trainers.checkpoints import fault, find_newest
 from regard.trainers.trainer_image_text_slot import SlotTrainer, SlotTrainingArguments
@@ -57,7 +60,6 @@ from regard.trainers.trainer_query_conditioned_vqa import VQATrainer, VQATrainin
 from regard.trainers.trainer_sequential_attention_counting import CountTrainingArguments
 from regard_cli import EXIT_FAILED, EXIT_OK
 
-_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 _NOT_OF_CARDS = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of the model
 
 
@@ -362,7 +364,7 @@ def given_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return {"model": filled["model"], **chosen}
 
 
-def _parser_and_flags(arguments: Sequence[str]) -> tuple[Recipe, "_Parser", list[str]]:
+def _parser_and_flags(arguments: Sequence[str]) -> tuple[Recipe, SettingsParser, list[str]]:
     """The parser of a model's settings, and a file's settings and flags as flags."""
     arguments = list(arguments)
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -375,7 +377,7 @@ def _parser_and_flags(arguments: Sequence[str]) -> tuple[Recipe, "_Parser", list
         raise SettingsError(f"model: there is no {model!r}; choose one of {', '.join(RECIPES)}")
     recipe = RECIPES[model]
 
-    parser = _Parser(
+    parser = SettingsParser(
         cast(Any, [recipe.model_arguments, recipe.data_arguments, recipe.training_arguments]),
         prog="regard train",
         usage="%(prog)s [CONFIG.yaml] [--SETTING VALUE ...]",
@@ -383,59 +385,6 @@ def _parser_and_flags(arguments: Sequence[str]) -> tuple[Recipe, "_Parser", list
         allow_abbrev=False,
     )
     return recipe, parser, parser.flags_of(settings, path) + arguments
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of settings by name.
-
-    Raises:
-        SettingsError: the file is missing, of another kind, or holds no mapping.
-    """
-    if Path(path).suffix.lower() not in _FILE_SUFFIXES:
-        raise SettingsError(f"{path}: settings come from a file that ends in {', '.join(_FILE_SUFFIXES)}")
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from error
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise SettingsError(f"{path}: expected `name: value` lines, but found a {type(settings).__name__}")
-    return {str(name): value for name, value in settings.items()}
-
-
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that takes the settings of a file as flags, so that both are checked alike."""
-
-    def flags_of(self, settings: dict[str, Any], path: str | None) -> list[str]:
-        actions = {action.dest: action for action in self._actions}
-        flags = []
-        for name, value in settings.items():
-            if name not in actions or name == "help":
-                raise SettingsError(f"{path}: {self.explain_unknown(name)}")
-            if value is None:
-                self.set_defaults(**{name: None})
-                continue
-            flags.append(f"--{name}")
-            if actions[name].nargs == "+":
-                items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
-                flags += [str(item) for item in (items if isinstance(items, list) else [items])]
-            elif isinstance(value, (dict, list)):
-                flags.append(json.dumps(value))
-            else:
-                flags.append(str(value))
-        return flags
-
-    def explain_unknown(self, name: str) -> str:
-        bare = name.lstrip("-").split("=")[0].replace("-", "_")
-        close = difflib.get_close_matches(bare, {action.dest for action in self._actions}, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`python -m regard.train --help` lists all"
-        return f"unknown setting {bare}; {hint}"
-
-    def error(self, message: str):
-        raise SettingsError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

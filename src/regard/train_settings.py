@@ -1,10 +1,15 @@
-"""Settings that the models' trainings share, and the error of those that cannot be used."""
+"""What the trainings of all models share: their settings, how these are read, and the error of those that cannot be used."""
 
+import difflib
 import json
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+import yaml
+from transformers import HfArgumentParser, PreTrainedConfig
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class SettingsError(ValueError):
@@ -53,3 +58,56 @@ class OverridingModelArguments(ModelArguments):
 
 
 __all__ = ["ModelArguments", "OverridingModelArguments", "SettingsError"]
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings by name.
+
+    Raises:
+        SettingsError: the file is missing, of another kind, or holds no mapping.
+    """
+    if Path(path).suffix.lower() not in _FILE_SUFFIXES:
+        raise SettingsError(f"{path}: settings come from a file that ends in {', '.join(_FILE_SUFFIXES)}")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{path}: expected `name: value` lines, but found a {type(settings).__name__}")
+    return {str(name): value for name, value in settings.items()}
+
+
+class SettingsParser(HfArgumentParser):
+    """HfArgumentParser that takes the settings of a file as flags, so that both are checked alike."""
+
+    def flags_of(self, settings: dict[str, Any], path: str | None) -> list[str]:
+        actions = {action.dest: action for action in self._actions}
+        flags = []
+        for name, value in settings.items():
+            if name not in actions or name == "help":
+                raise SettingsError(f"{path}: {self.explain_unknown(name)}")
+            if value is None:
+                self.set_defaults(**{name: None})
+                continue
+            flags.append(f"--{name}")
+            if actions[name].nargs == "+":
+                items = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
+                flags += [str(item) for item in (items if isinstance(items, list) else [items])]
+            elif isinstance(value, (dict, list)):
+                flags.append(json.dumps(value))
+            else:
+                flags.append(str(value))
+        return flags
+
+    def explain_unknown(self, name: str) -> str:
+        bare = name.lstrip("-").split("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(bare, {action.dest for action in self._actions}, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`python -m regard.train --help` lists all"
+        return f"unknown setting {bare}; {hint}"
+
+    def error(self, message: str):
+        raise SettingsError(message)
