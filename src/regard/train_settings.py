@@ -1,4 +1,4 @@
-"""What the trainings of all models share: their settings, how these are read, and the error of those that cannot be used."""
+"""What all trainings share: settings, how they are read, and the error of those that cannot be used."""
 
 import difflib
 import json
