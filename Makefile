@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict train-read train-classify train-ask train-count fonts clean
+.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict bench-onnx train-read train-classify train-ask train-count fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ bench-ask: $(VENV)/.installed-bench ## measure answering: what questions cost, w
 bench-predict: $(VENV)/.installed ## measure bulk inference: rows a second of one and two processes, and 20 kills
 	$(BIN)/python benchmarks/predict.py throughput $(BENCH_ARGS)
 	$(BIN)/python benchmarks/predict.py kills
+
+bench-onnx: $(VENV)/.installed-bench ## measure onnxruntime beside PyTorch
+	$(BIN)/python benchmarks/export_onnx.py $(BENCH_ARGS)
 
 COUNTER ?= sequential-attention-counting-tiny
 bench-count: $(VENV)/.installed-bench ## measure counting: other counters, photographs, what an object costs
