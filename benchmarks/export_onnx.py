@@ -83,7 +83,7 @@ def count(graphs: Graphs, inputs: Mapping[str, Any], config: Any) -> list[dict[s
     """For each row what `SequentialAttentionCountingModel.count` gives, of images of one size."""
     grid, ids = np.asarray(inputs["image_grid_thw"]), np.asarray(inputs["input_ids"])
     merge = config.vlm_config.vision_config.spatial_merge_size
-    patches = np.reshape(inputs["pixel_values"], (len(grid), *grid[0, 1:] // merge, merge**2, -1))
+    patches = np.asarray(inputs["pixel_values"]).reshape(len(grid), *grid[0, 1:] // merge, merge**2, -1)
     index = inputs.get("image_index", np.arange(len(ids)) % len(grid))
     images = graphs("encode_image", {"pixel_values": patches})
     scene = graphs("encode_category", {**inputs, **images, "image_index": index})
