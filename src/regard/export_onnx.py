@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from regard.export import ExportError, new_folder
 from regard.modeling.attention import eager_attention_forward
 from regard.modeling.counting_outputs import CountingMemory, CountingScene
+from regard.modeling.image_text_slot_encoder import normalize_contrast
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTForImageClassification
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
@@ -52,9 +53,9 @@ class Graph:
     def example(self) -> dict[str, torch.Tensor]:
         """Inputs to export with; equal sizes of different names would be taken for the same."""
         names = dict.fromkeys(size for shape in self.inputs.values() for size in shape if isinstance(size, str))
-        sizes: dict[Any, int] = {name: number for number, name in enumerate(names, start=2)}
+        sizes = {name: number for number, name in enumerate(names, start=2)}
         return {
-            name: torch.zeros([sizes.get(size, size) for size in shape], dtype=_dtype(name))
+            name: torch.zeros([size if isinstance(size, int) else sizes[size] for size in shape], dtype=_dtype(name))
             for name, shape in self.inputs.items()
         }
 
@@ -107,14 +108,15 @@ def export_onnx(model: PreTrainedModel, folder: str | Path) -> list[Path]:
             written.
     """
     check_exportable(model)
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    for part in model.modules():
+    network: Any = copy.deepcopy(model)
+    network.to("cpu", torch.float32).eval()
+    for part in network.modules():
         if isinstance(
             part, PreTrainedModel
         ):  # the fused one asks for sizes that are not known before the image is seen
             part.config._attn_implementation = "eager"
     with new_folder(folder) as place, _quiet(), torch.no_grad():
-        for graph in GRAPHS[type(model)](model):
+        for graph in GRAPHS[type(model)](network):
             program: Any = torch.onnx.export(
                 graph.module.eval(),
                 kwargs=graph.example(),
@@ -162,14 +164,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _mean_by_row(images: torch.Tensor) -> torch.Tensor:
+    """Each image's mean, row by row first: onnxruntime adds up in plain float32, whose errors grow with the number."""
+    return images.mean(3, keepdim=True).mean((1, 2), keepdim=True)
+
+
 class Reader(nn.Module):
     """ImageTextSlot's reading, before rows are cut to their length."""
 
     def __init__(self, model: ImageTextSlotModel):
         super().__init__()
         self.model = model
+        self.normalizes = model.encoder.normalize_contrast
+        model.encoder.normalize_contrast = False
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.normalizes:
+            pixel_values = normalize_contrast(pixel_values, _mean_by_row)
         return self.model.read_slots(pixel_values, self.model.config.num_slots)
 
 
