@@ -57,7 +57,7 @@ class Graphs:
         taken = {entry.name: np.asarray(inputs[entry.name]) for entry in session.get_inputs()}
         return dict(zip((entry.name for entry in session.get_outputs()), session.run(None, taken), strict=True))
 
-    def empty(self, name: str, **sizes: int) -> Results:
+    def empty(self, name: str, **sizes: Any) -> Results:
         """Zeros for the inputs of a graph, whose free sizes are given."""
         return {
             entry.name: np.zeros([sizes.get(size, size) for size in entry.shape], np.float32)
