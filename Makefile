@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict bench-resume train-read train-classify train-ask train-count fonts clean
+.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict bench-resume bench-onnx train-read train-classify train-ask train-count fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-predict: $(VENV)/.installed-bench ## measure bulk inference: rows a second
 
 bench-resume: $(VENV)/.installed-bench ## kill a training 20 times and compare how it ends
 	$(BIN)/python benchmarks/resume.py $(BENCH_ARGS)
+
+bench-onnx: $(VENV)/.installed-bench ## measure onnxruntime beside PyTorch
+	$(BIN)/python benchmarks/export_onnx.py $(BENCH_ARGS)
 
 COUNTER ?= sequential-attention-counting-tiny
 bench-count: $(VENV)/.installed-bench ## measure counting: other counters, photographs, what an object costs

@@ -172,7 +172,7 @@ class CountedAttention(Gated):
             what is added to `steps`, and the weights of none and of the objects, `(rows, heads, steps * 3, 1 +
             objects)`, or None where the implementation gives none.
         """
-        known = torch.cat((self.none_token.expand(len(counted), -1, -1).to(counted.dtype), counted), dim=1)
+        known = torch.cat((self.none_token.expand(counted.shape[0], -1, -1).to(counted.dtype), counted), dim=1)
         usable = nn.functional.pad(counted_mask, (1, 0), value=True)
         usable = usable[:, :, None].expand(-1, -1, NUM_STEP_TOKENS, -1).flatten(1, 2)[:, None]
         bias = torch.zeros(usable.shape, dtype=steps.dtype, device=steps.device).masked_fill(

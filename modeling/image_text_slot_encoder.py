@@ -5,6 +5,8 @@ those of the memory stage. Unusual: the image's contrast is normalised first, in
 3x3 convolutions are dense, which on CPUs takes less time than depth-wise 7x7 ones.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -57,13 +59,19 @@ class ContextLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-def normalize_contrast(pixel_values: torch.Tensor) -> torch.Tensor:
+def _mean(images: torch.Tensor) -> torch.Tensor:
+    return images.mean((1, 2, 3), keepdim=True)
+
+
+def normalize_contrast(
+    pixel_values: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor] = _mean
+) -> torch.Tensor:
     """Images `(batch, channels, height, width)` at mean 0 and deviation 1, inverted where the rarer pixels, which are
-    the ink, are the darker ones: a third moment below 0."""
+    the ink, are the darker ones: a third moment below 0. `mean` is how each image's is taken, `(batch, 1, 1, 1)`."""
     pixel_values = pixel_values.float()
-    centred = pixel_values - pixel_values.mean((1, 2, 3), keepdim=True)
-    deviation = centred.square().mean((1, 2, 3), keepdim=True).sqrt()
-    ink_is_dark = centred.pow(3).mean((1, 2, 3), keepdim=True) < 0
+    centred = pixel_values - mean(pixel_values)
+    deviation = mean(centred.square()).sqrt()
+    ink_is_dark = mean(centred.pow(3)) < 0
     return torch.where(ink_is_dark, -centred, centred) / (deviation + 0.05)  # 0.05: an empty image stays nearly empty
 
 

@@ -188,7 +188,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self,
         memory: torch.Tensor,
         grid: Sequence[int],
-        window: range,
+        window: range | slice,
         gaze: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -234,7 +234,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         occupancy = torch.cat((occupancy, start + 1, start + 1), dim=1)[:, None]
         offset = index[None, :, None] - coordinates  # (batch, slots, memory)
         outside = (offset.abs() - ((occupancy - 1) / 2).clamp(min=0)).clamp(min=0)
-        bias = occupancy.clamp(OCCUPANCY_FLOOR, 1).log() - self.config.slot_config.position_sharpness * outside.square()
+        sharpness = self.config.slot_config.position_sharpness
+        bias = occupancy.clamp(OCCUPANCY_FLOOR, 1.0).log() - sharpness * outside.square()
         distance = (bias.softmax(-1) * offset).sum(-1, keepdim=True).clamp(-2, 2)  # (batch, slots, 1)
         waves = distance * torch.tensor([0.5, 1.0, 2.0], device=distance.device) * torch.pi
         return bias, torch.cat((waves.sin(), waves.cos()), dim=-1)
@@ -415,6 +416,27 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         """
         config = self.config
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
+        tokens, scores, boxes, length, count_pred = self.read_slots(pixel_values, limit)
+        cut = [int(n) for n in length]
+        return ImageTextSlotReading(
+            sequences=[row[:n] for row, n in zip(tokens, cut, strict=True)],
+            scores=[row[:n] for row, n in zip(scores, cut, strict=True)],
+            boxes=[row[:n] for row, n in zip(boxes, cut, strict=True)],
+            count_pred=count_pred,
+        )
+
+    @torch.no_grad()
+    def read_slots(self, pixel_values: torch.Tensor, limit: int) -> tuple[torch.Tensor, ...]:
+        """What `read` cuts to each image's length.
+
+        Args:
+            limit: most tokens of one image; at most `num_slots`.
+
+        Returns:
+            tokens `(batch, slots)`, their scores `(batch, slots)` and boxes `(batch, slots, 4)`, how many tokens to
+            keep `(batch,)`, and `count_pred` `(batch, 1)`.
+        """
+        config = self.config
         memory, *grid = self.encode(pixel_values)
         count_pred, cells = self._count(memory, grid)
         gaze = None
@@ -423,8 +445,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             count_pred = gaze[2]
         length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
         margin = config.slot_config.mixing_radius * config.slot_config.num_decoder_steps
-        num_slots = min(int(length.max()) + 2 + margin, config.num_slots)
-        logits, weights = self._decode(memory, grid, range(num_slots), gaze, need_weights=True)
+        num_slots = (length.max() + 2 + margin).clamp(max=config.num_slots).item()  # a symbol when exported
+        logits, weights = self._decode(memory, grid, slice(0, num_slots), gaze, need_weights=True)
         scores, tokens = logits.float().softmax(-1).max(-1)
         boxes = self._regions(weights.float().mean(1), *grid)
         if cells is not None:  # the end token and the counter nearly agree: within two slots the token decides
@@ -432,15 +454,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             ends = (tokens == config.eos_token_id) & ((index + 1 - length).abs() <= 2)
             first = torch.where(ends.any(1), ends.int().argmax(1) + 1, length[:, 0])
             length = first.clamp(max=limit)[:, None]
-        cut = [int(n) for n in length[:, 0]]
         special = (tokens == config.bos_token_id) | (tokens == config.eos_token_id)
-        boxes = boxes.masked_fill(special[..., None], torch.nan)
-        return ImageTextSlotReading(
-            sequences=[row[:n] for row, n in zip(tokens, cut, strict=True)],
-            scores=[row[:n] for row, n in zip(scores, cut, strict=True)],
-            boxes=[row[:n] for row, n in zip(boxes, cut, strict=True)],
-            count_pred=count_pred,
-        )
+        return tokens, scores, boxes.masked_fill(special[..., None], torch.nan), length[:, 0], count_pred
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
         """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.

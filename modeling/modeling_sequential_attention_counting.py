@@ -54,6 +54,12 @@ _PUBLISHED_NAMES = {
 }
 
 
+def cell_centres(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """x and y of a grid's cells, row by row, `(rows * columns, 2)`, in cells."""
+    x, y = torch.arange(columns, device=device) + 0.5, torch.arange(rows, device=device) + 0.5
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
 class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
     config: SequentialAttentionCountingConfig
     base_model_prefix = "counter"
@@ -277,17 +283,8 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
             fine = cells[chosen, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns))
             coarse = torch.stack([conditioned[index] for index in chosen]).transpose(1, 2)
             coarse = coarse.unflatten(2, (coarse_rows, coarse_columns))
-            fine = fine + nn.functional.interpolate(coarse, (rows, columns), mode="bilinear").to(fine.dtype)
-            for layer in self.evidence:
-                fine = layer(fine, category[chosen])
-            centres = torch.stack(
-                torch.meshgrid(
-                    torch.arange(columns, device=cells.device) + 0.5,
-                    torch.arange(rows, device=cells.device) + 0.5,
-                    indexing="xy",
-                ),
-                dim=-1,
-            ).flatten(0, 1)
+            fine = self._condition(fine, coarse, category[chosen])
+            centres = cell_centres(rows, columns, cells.device)
             padding = (0, 0, 0, number - rows * columns)
             flat = nn.functional.pad(fine.flatten(2).transpose(1, 2), padding)
             if len(chosen) == len(shapes):
@@ -296,6 +293,26 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
                 seen = seen.index_copy(0, torch.tensor(chosen, device=cells.device), flat.to(seen.dtype))
             places[chosen] = nn.functional.pad(centres, padding) / sides[chosen][:, None]
             mask[chosen] = torch.arange(number, device=cells.device) < rows * columns
+        return self._read_cells(seen, mask, places, grid, sides, steps)
+
+    def _condition(self, fine: torch.Tensor, coarse: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """What the category makes of cells `(rows, hidden_size, cell rows, cell columns)` and of merged patches that
+        have seen it, `(rows, hidden_size, patch rows, patch columns)`."""
+        fine = fine + nn.functional.interpolate(coarse, fine.shape[2:], mode="bilinear").to(fine.dtype)
+        for layer in self.evidence:
+            fine = layer(fine, category)
+        return fine
+
+    def _read_cells(
+        self,
+        seen: torch.Tensor,
+        mask: torch.Tensor,
+        places: torch.Tensor,
+        grid: torch.Tensor,
+        sides: torch.Tensor,
+        steps: torch.Tensor,
+    ) -> CountingScene:
+        """The scene of cells that the category has changed, `(rows, cells, hidden_size)`."""
         seen = self.heads.norm(seen)
         offsets = self.heads.offset(seen).float().tanh() * 2.0  # in cells
         points = places + offsets / sides[:, None]
@@ -368,7 +385,7 @@ class SequentialAttentionCountingModel(SequentialAttentionCountingPreTrainedMode
     ) -> SequentialAttentionCountingOutput:
         """Where the next object is, for each row, and whether there is none: outputs with one step."""
         counted, hidden = memory["counted"], memory["hidden"]
-        mask = torch.ones(len(counted), 1, counted.shape[1], dtype=torch.bool, device=counted.device)
+        mask = torch.ones(counted.shape[0], 1, counted.shape[1], dtype=torch.bool, device=counted.device)
         return self._point(scene, hidden[:, None], counted, mask, memory["suppression"][:, None], return_attention_maps)
 
     def count_object(self, scene: CountingScene, memory: CountingMemory, cell_index: torch.Tensor) -> CountingMemory:

@@ -16,16 +16,23 @@ def pictures_of(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, vision
         image_grid_thw: 1, rows and columns of the patches of each image, `(images, 3)`.
         vision: configuration of the vision encoder, with `patch_size`, `temporal_patch_size`, `spatial_merge_size`.
     """
+    merge = vision.spatial_merge_size
+    return [
+        stacked_pictures_of(patches[None], rows // merge, columns // merge, vision)[0]
+        for patches, (_, rows, columns) in zip(
+            pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw.tolist(), strict=True
+        )
+    ]
+
+
+def stacked_pictures_of(patches: torch.Tensor, rows: int, columns: int, vision: Any) -> torch.Tensor:
+    """Likewise `(images, 3, height, width)` of patches `(images, patches, ...)` of images of one size, which make so
+    many rows and columns of merged ones."""
     merge, patch = vision.spatial_merge_size, vision.patch_size
-    pictures = []
-    for patches, (_, rows, columns) in zip(
-        pixel_values.split(image_grid_thw.prod(-1).tolist()), image_grid_thw.tolist(), strict=True
-    ):
-        blocks = patches.reshape(
-            rows // merge, columns // merge, merge, merge, -1, vision.temporal_patch_size, patch, patch
-        )[..., 0, :, :]  # a still image is repeated over time
-        pictures.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * patch, columns * patch))
-    return pictures
+    shape = (patches.shape[0], rows, columns, merge, merge, -1, vision.temporal_patch_size, patch, patch)
+    blocks = patches.reshape(shape)[..., 0, :, :]  # a still image is repeated over time
+    pictures = blocks.permute(0, 5, 1, 3, 6, 2, 4, 7)  # (images, 3, rows, merge, patch, columns, merge, patch)
+    return pictures.flatten(5, 7).flatten(2, 4)
 
 
 def patches_of(pictures: Sequence[torch.Tensor], vision: Any) -> torch.Tensor:
@@ -69,4 +76,4 @@ def draw_marks(
     return patches_of(marked, vision), image_grid_thw[image_index]
 
 
-__all__ = ["MARK_RADIUS", "draw_marks", "patches_of", "pictures_of"]
+__all__ = ["MARK_RADIUS", "draw_marks", "patches_of", "pictures_of", "stacked_pictures_of"]

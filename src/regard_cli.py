@@ -222,14 +222,25 @@ as optimizer states. The names of the files appear on standard output.
 loads it with trust_remote_code=True: AutoModel, AutoProcessor and pipeline then work as with regard. Where regard is
 installed its own classes are used, and the code in DIR is not run.
 
+--onnx adds ONNX graphs in float32, in DIR/onnx/ (needs `pip install "regard[onnx]"`):
+  ImageTextSlot                read.onnx
+  QAViT, as a classifier       classify.onnx
+  QueryConditionedVQA          encode_image.onnx, answer.onnx
+  SequentialAttentionCounting  encode_image.onnx, encode_category.onnx, and count_step.onnx for each object
+Numbers of images, questions, words, objects and slots are free. Image sizes are fixed, to those of the configuration,
+but the counter's, which are free: all images of a call are of one size. `regard.export_onnx.export_onnx` documents
+inputs and outputs.
+
 exit codes:
   0  done
-  2  nothing was done: no such model, DIR is not empty or cannot be written, or the model is not one of regard's
+  2  nothing was done: no such model, DIR is not empty or cannot be written, the model is not one of regard's, or
+     packages are missing
 
 examples:
   regard export image-text-slot-5m out/ --with-code
   python -c "from transformers import pipeline
   print(pipeline('text-recognition', model='out/', trust_remote_code=True)('receipt.png'))"
+  regard export image-text-slot-5m out/ --onnx
   regard export OWNER/NAME here/             a copy of a Hub repository's model"""
 
 CARD_EPILOG = """\
@@ -445,6 +456,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="DIR", help="a new or empty folder")
     code_help = "add the code that loads the model without regard"
     export.add_argument("--with-code", action="store_true", help=code_help)
+    export.add_argument("--onnx", action="store_true", help="add ONNX graphs, which onnxruntime runs")
 
     card = add_verb("card", "regard.card:run", "make a model's card, or renew its figures", CARD_EPILOG)
     card.add_argument("folder", metavar="FOLDER", help="with the model")

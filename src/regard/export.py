@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import regard
-from regard.hub import CheckpointError, explain, resolve
+from regard.hub import CheckpointError, explain, find_verb, load, resolve
 
 # What a checkpoint consists of; what else its folder holds, such as optimizer states, is not for others.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
@@ -58,13 +58,27 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_transformers()
     try:
+        model = _load_for_onnx(options.model) if options.onnx else None
         files = export_checkpoint(options.model, options.folder, options.with_code)
+        if model is not None:
+            from regard.export_onnx import export_onnx
+
+            files += export_onnx(model, Path(options.folder).expanduser() / "onnx")
     except (CheckpointError, ExportError) as error:
         complain(error)
         return EXIT_FAILED
     for file in files:
         print(file)
     return EXIT_OK
+
+
+def _load_for_onnx(name: str) -> PreTrainedModel:
+    """A model that has ONNX graphs; what speaks against it is said before anything is written."""
+    from regard.export_onnx import check_exportable
+
+    model, _ = load(name, find_verb(name), "cpu")
+    check_exportable(model)
+    return model
 
 
 def export_with_code(
@@ -91,7 +105,7 @@ def export_with_code(
         ExportError: the model is not of regard, or the folder is not empty or cannot be written.
     """
     code = _code_of(model.config, [] if processor is None else _parts(processor))
-    with _new_folder(folder) as place:
+    with new_folder(folder) as place:
         model.save_pretrained(place)
         if processor is not None:
             processor.save_pretrained(place)
@@ -127,7 +141,7 @@ def export_checkpoint(model: str | Path, folder: str | Path, with_code: bool = F
     files = {path for path in files if not any(path.match(pattern) for pattern in NOT_OF_CHECKPOINTS)}
     if not any(path.suffix == ".safetensors" for path in files):
         raise ExportError(f"{name}: holds no weights; give a folder with model.safetensors")
-    with _new_folder(folder) as target:
+    with new_folder(folder) as target:
         for path in files:
             shutil.copyfile(path, target / path.name)
         if with_code:
@@ -350,7 +364,7 @@ def _write_json(path: Path, data: dict[str, Any]):
 
 
 @contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, made if need be; what goes wrong with it becomes an ExportError."""
     place = Path(folder).expanduser()
     try:
