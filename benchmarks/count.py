@@ -138,15 +138,15 @@ def load_peers() -> dict[str, Peer]:
 
     def difference(image, boxes):
         """From the ground, whose colour is the median, in Lab."""
-        pixels = cv2.cvtColor(np.float32(np.asarray(image)) / 255, cv2.COLOR_RGB2LAB)
+        pixels = cv2.cvtColor(np.asarray(image, dtype=np.float32) / 255, cv2.COLOR_RGB2LAB)
         return np.linalg.norm(pixels - np.median(pixels, axis=(0, 1)), axis=2)
 
     def components(seen, threshold, smallest):
-        parts, _, stats, centres = cv2.connectedComponentsWithStats(np.uint8(seen > threshold))
+        parts, _, stats, centres = cv2.connectedComponentsWithStats((seen > threshold).astype(np.uint8))
         return centres[[part for part in range(1, parts) if stats[part, cv2.CC_STAT_AREA] >= smallest]]
 
     def peaks(seen, threshold, apart):
-        depth = cv2.distanceTransform(np.uint8(seen > threshold), cv2.DIST_L2, 5)
+        depth = cv2.distanceTransform((seen > threshold).astype(np.uint8), cv2.DIST_L2, 5)
         return peak_local_max(depth, min_distance=apart, threshold_abs=apart / 2, exclude_border=False)[:, ::-1]
 
     def match(image, boxes):
