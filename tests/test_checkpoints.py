@@ -157,7 +157,7 @@ def test_a_run_killed_while_saving_ends_as_one_that_was_not(flags, whole, tmp_pa
 def test_a_run_killed_before_its_model_was_saved_saves_it(flags, whole, tmp_path, capsys):
     killed = shutil.copytree(whole, tmp_path / "killed")
     (killed / "model.safetensors").unlink()
-    (killed / "trainer_state.json").write_text('{"epoch', encoding="utf-8")
+    (killed / "training_end.json").write_text('{"global', encoding="utf-8")
     assert main(flags("killed")) == 0
     assert_equal_weights(whole, killed)
     assert json.loads((killed / "trainer_state.json").read_text())["global_step"] == 4

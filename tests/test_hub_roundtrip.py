@@ -331,3 +331,18 @@ def test_without_a_network(hub, tiny_classifier, tmp_path):
     assert "check the network and repeat" in pushed.err
     assert "me/new: cannot be loaded" in info.err
     assert "Traceback" not in pushed.err + info.err
+
+
+def test_a_training_pushes_its_model_and_card_and_no_pickle(hub, client, tmp_path):
+    settings = (
+        "--preset tiny --max_steps 2 --per_device_train_batch_size 2 --use_cpu --dataloader_num_workers 0 "
+        "--tiers line=1 --save_steps 1 --eval_strategy no --report_to none --push_to_hub true --hub_model_id me/trained"
+    )
+    done = client.regard("train", *settings.split(), "--output_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    pushed = files_of(hub, "me/trained")
+    assert pushed["model.safetensors"] == (tmp_path / "run/model.safetensors").read_bytes()
+    assert "2 steps (" in pushed["README.md"].decode()
+    assert "max_steps: 2\n" in pushed["README.md"].decode()
+    assert {Path(name).suffix for name in pushed} <= {".json", ".md", ".safetensors", ".gitattributes", ""}
+    assert not any(name.startswith("checkpoint") for name in pushed)

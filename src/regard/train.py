@@ -60,6 +60,7 @@ from regard.trainers.trainer_query_conditioned_vqa import VQATrainer, VQATrainin
 from regard.trainers.trainer_sequential_attention_counting import CountTrainingArguments
 from regard_cli import EXIT_FAILED, EXIT_OK
 
+END_NAME = "training_end.json"  # in the folder of a training that has ended
 _NOT_OF_CARDS = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of the model
 
 
@@ -402,17 +403,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:  # settings, names, data: each message names the mend
         print(f"regard train: {error}", file=sys.stderr)
         return EXIT_FAILED
+    folder, is_first = Path(str(training_args.output_dir)), trainer.is_world_process_zero()
+    if is_first:
+        settings = {name: value for name, value in given_settings(arguments).items() if name not in _NOT_OF_CARDS}
+        _write_json(folder / SETTINGS_NAME, settings)
     if finished is not None:
         trainer.restore(finished)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()  # last: it says that the rest is there
-    if trainer.is_world_process_zero():
-        folder = Path(str(training_args.output_dir))
-        settings = {name: value for name, value in given_settings(arguments).items() if name not in _NOT_OF_CARDS}
-        (folder / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    trainer.save_state()
+    trainer.save_model()  # and pushes it, where it is asked to
+    if is_first:
         write_card(folder)
+        _write_json(folder / END_NAME, {"global_step": trainer.state.global_step})  # last: the rest is there
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
 
@@ -450,11 +453,17 @@ def is_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
 
 def is_saved(checkpoint: str, training_args: TrainingArguments) -> bool:
     """Whether the model at the end of the training was saved, too; a kill may have come between."""
-    last, saved = (os.path.join(folder, TRAINER_STATE_NAME) for folder in (checkpoint, str(training_args.output_dir)))
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     try:
-        return TrainerState.load_from_json(saved).global_step == TrainerState.load_from_json(last).global_step
+        end = json.loads(Path(str(training_args.output_dir), END_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # cut short, it is no JSON
         return False
+    return end == {"global_step": state.global_step}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> int:
