@@ -65,6 +65,16 @@ def flags(tmp_path: Path):
     return flags
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sums depend on the number of threads, here and in processes that are started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def whole(flags, tmp_path: Path) -> Path:
     """The folder of a training that nothing has stopped."""

@@ -117,7 +117,7 @@ def test_models_are_written_once(pair, name):
         state = json.loads((folder / "trainer_state.json").read_text())
         assert sum("loss" in entry for entry in state["log_history"]) == 3
         assert (folder / "model.safetensors").is_file()
-    assert len(list(pair.glob(f"{name}/**/rng_state_*"))) == 2  # which each process has of its own
+    assert len(list(pair.glob(f"{name}/**/training_random_state_*"))) == 2  # which each process has of its own
 
 
 def test_logs_are_written_once(pair):

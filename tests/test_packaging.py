@@ -65,6 +65,7 @@ def left_out(root: Path, path: str, names: list[str]) -> set[str]:
 def shipped_files(root: Path) -> set[str]:
     """What the wheel must hold, by its place in it."""
     files = {f"regard/{path.name}" for path in (root / "src/regard").glob("*.py")} | {
+        "regard/card_template.md",
         "regard/py.typed",
         "regard_cli.py",
     }
@@ -79,7 +80,7 @@ def test_the_wheel_holds_exactly_the_package(root: Path, built: tuple[Path, Path
     with zipfile.ZipFile(built[1]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped_files(root)
-    for checkpoint in ("image-text-slot-5m", "qavit-tiny-fashion-mnist", "query-conditioned-vqa-easy"):
+    for checkpoint in ("image-text-slot-5m", "qavit-tiny-fashion-mnist", "query-conditioned-vqa-scenes"):
         assert f"regard/model_cards/{checkpoint}/model.safetensors" in names
     assert "regard/data/apt-packages.txt" in names
 
