@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,6 +120,8 @@ def _run(options: argparse.Namespace, state: PartialState) -> int:
             state.wait_for_everyone()
             if state.is_main_process:
                 job.finish(number)
+            with suppress(RuntimeError):  # a process that goes may cut off those still in a barrier: let it be this one
+                state.wait_for_everyone()
     except (OSError, RowsError, MemoryError) as error:
         complain(f"{error}; {job.output} keeps its finished parts, and the same command goes on from there")
         return EXIT_FAILED

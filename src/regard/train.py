@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -416,6 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_first:
         write_card(folder)
         _write_json(folder / END_NAME, {"global_step": trainer.state.global_step})  # last: the rest is there
+    with suppress(RuntimeError):  # a process that goes may cut off those still in a barrier: let it be this one
+        trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
 
