@@ -317,11 +317,12 @@ def test_killed_at_any_moment_no_row_is_lost_or_doubled(tiny_classifier, images,
 
 
 @pytest.fixture
-def launch(tiny_classifier, images, tmp_path):
+def launch(root, tiny_classifier, images, tmp_path):
     """`regard predict` in two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "-m", "regard.predict"]  # any free one
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    config = str(root / "trainers/accelerate/ddp.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "regard.predict"]  # any free one
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # else it would start one
 
     def run(*more: object) -> subprocess.CompletedProcess[str]:
         words = arguments(tiny_classifier, images, tmp_path / "out", "--batch-size", 3, *more)
@@ -340,6 +341,9 @@ def test_two_processes_give_the_same_as_one(launch, tiny_classifier, images, tmp
     one, two = results(tmp_path / "one"), results(tmp_path / "out")
     assert "3.png: not an image" in two[3]["error"]
     assert same(two[:3] + two[4:], one[:3] + one[4:])
+    again = launch()
+    assert again.stdout.count("10 rows in 3 parts") == 1
+    assert "RuntimeError" not in again.stderr  # all of them know that nothing is left to do
 
 
 def test_two_processes_refuse_as_one(launch, tiny_classifier, images, tmp_path):

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace, state: PartialState) -> int:
     shared: list[Any] = [None]
     if state.is_main_process:  # the first process tries whether it works, the others follow
         job, worker = _start(options, state)
-        shared = [job and (job.settings, job.done)]
+        shared = [job and (job.settings, job.done, job.number)]
     (first,) = broadcast_object_list(shared)
     if first is not None and job is None:
         job, worker = _start(options, state, *first)
@@ -134,7 +134,7 @@ def _start(
     """A job, and its model if anything is left to do; or nothing, once it is said why.
 
     Args:
-        first: settings and finished shards, as the first process found them.
+        first: settings, finished shards and number of rows, as the first process found them.
     """
     try:
         job = Job(options, *first)
@@ -159,6 +159,7 @@ class Job:
         options: the command line's.
         settings: what those of this job must be; None: those of the folder's manifest, if it has one.
         done: the finished shards; None: those of the folder.
+        number: of all rows, if `settings` are given and it is known.
 
     Raises:
         ValueError: model, rows or settings are no good, or the folder holds the results of others.
@@ -166,7 +167,11 @@ class Job:
     """
 
     def __init__(
-        self, options: argparse.Namespace, settings: dict[str, Any] | None = None, done: set[int] | None = None
+        self,
+        options: argparse.Namespace,
+        settings: dict[str, Any] | None = None,
+        done: set[int] | None = None,
+        number: int | None = None,
     ):
         self.model, self.shard_size, self.output = options.model, options.shard_size, Path(options.output)
         self.verb = find_verb(options.model)
@@ -193,7 +198,7 @@ class Job:
             "parameters": self.parameters,
             "shard_size": self.shard_size,
         }
-        self.number: int | None = None
+        self.number = number
         self.done = finished_shards(self.output) if done is None else done
         if settings is None:
             settings, self.number = self._read_manifest()
