@@ -179,6 +179,7 @@ def test_accelerate_launches_two_processes(root, write, base, images, tmp_path):
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["global_step"] == 2
+    assert (tmp_path / "run/README.md").read_text().count("## Recipe") == 1
     assert state["epoch"] == 2  # four images, two at a time in each of two processes
 
 
