@@ -25,6 +25,8 @@ import torch
 from predict import finish, kill
 from safetensors.torch import load_file
 
+from regard.trainers.checkpoints import fault
+
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -81,8 +83,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             kill(process)
             newest = output / f"checkpoint-{steps_done(output)}"
-            half = not (newest / "training_manifest.json").exists()
-            kills.append({"seconds": moment, "checkpoint": newest.name, "half_written": half})
+            kills.append({"seconds": moment, "checkpoint": newest.name, "half_written": fault(newest) is not None})
             continue
         ended.append(is_equal(whole, output))
         shutil.rmtree(output)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -28,10 +28,26 @@ SETTINGS_NAME = "training_settings.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-# By verb: the Hub's name of the task, what the model does, how it is called, and its metrics: name in evaluation.json
-# to the Hub's name, a title and a format.
-_TASKS: dict[str, tuple[str, str, str, dict[str, tuple[str, str, str]]]] = {
-    "read": (
+
+
+class Task(NamedTuple):
+    """What a card says of all models of a verb.
+
+    Args:
+        pipeline_tag: the Hub's name of the task.
+        job: what the model does.
+        example: Python code that uses it, with `{name}` for its folder.
+        metrics: by name in evaluation.json the Hub's name, a title and a format.
+    """
+
+    pipeline_tag: str
+    job: str
+    example: str
+    metrics: dict[str, tuple[str, str, str]]
+
+
+TASKS = {  # by verb
+    "read": Task(
         "image-to-text",
         "Reads the characters of an image in one pass, and says how many there are.",
         'read = pipeline("text-recognition", model="{name}")\nprint(read("image.png")["text"])',
@@ -42,7 +58,7 @@ _TASKS: dict[str, tuple[str, str, str, dict[str, tuple[str, str, str]]]] = {
             "count_mae": ("mae", "error of the number of characters", "{:.2f}"),
         },
     ),
-    "classify": (
+    "classify": Task(
         "image-classification",
         "Says what an image shows.",
         'classify = pipeline("image-classification", model="{name}")\nprint(classify("image.png")[0])',
@@ -51,7 +67,7 @@ _TASKS: dict[str, tuple[str, str, str, dict[str, tuple[str, str, str]]]] = {
             "top5": ("top_5_accuracy", "top-5 accuracy", "{:.1%}"),
         },
     ),
-    "ask": (
+    "ask": Task(
         "visual-question-answering",
         "Answers a question about an image, and shows where it looked.",
         'ask = pipeline("visual-question-answering", model="{name}")\n'
@@ -61,7 +77,7 @@ _TASKS: dict[str, tuple[str, str, str, dict[str, tuple[str, str, str]]]] = {
             "pointing_accuracy": ("pointing_accuracy", "pointing accuracy", "{:.2%}"),
         },
     ),
-    "count": (
+    "count": Task(
         "object-detection",
         "Counts what you name in an image, one by one, and points at each.",
         'count = pipeline("object-counting", model="{name}")\n'
@@ -128,12 +144,12 @@ def evaluation_results(verb: str, report: dict[str, Any]) -> Iterator[EvalResult
         verb: what the model is for, as `regard.hub.find_verb` says.
         report: what evaluation.json holds; may be empty.
     """
-    task, _, _, metrics = _TASKS[verb]
+    task = TASKS[verb]
     for data, values in report.get("results", {}).items():
-        for name, (metric, title, _) in metrics.items():
+        for name, (metric, title, _) in task.metrics.items():
             if name in values:
                 yield EvalResult(
-                    task_type=task,
+                    task_type=task.pipeline_tag,
                     dataset_type=re.sub(r"\W+", "-", data.lower()),
                     dataset_name=data,
                     dataset_split=report.get("split"),
@@ -146,7 +162,7 @@ def evaluation_results(verb: str, report: dict[str, Any]) -> Iterator[EvalResult
 
 def figures_table(verb: str, report: dict[str, Any]) -> str:
     """The figures of an evaluation.json as a Markdown table, with the command, the date and the machine."""
-    metrics = _TASKS[verb][3]
+    metrics = TASKS[verb].metrics
     rows = [["data", *(title for _, title, _ in metrics.values())]]
     for data, values in report["results"].items():
         rows.append(
@@ -161,8 +177,7 @@ def figures_table(verb: str, report: dict[str, Any]) -> str:
 
 
 def _new_card(folder: Path, verb: str) -> ModelCard:
-    task, job, example, _ = _TASKS[verb]
-    name = folder.resolve().name
+    task, name = TASKS[verb], folder.resolve().name
     state, settings = _read_json(folder / TRAINER_STATE_NAME), _read_json(folder / SETTINGS_NAME)
     data = settings.get("dataset")
     tags = ["regard", json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"].replace("_", "-")]
@@ -173,13 +188,13 @@ def _new_card(folder: Path, verb: str) -> ModelCard:
         if state.get("best_model_checkpoint"):
             ended += f"; best on validation at step {state['best_global_step']}"
     return ModelCard.from_template(
-        ModelCardData(library_name="regard", pipeline_tag=task, tags=tags, model_name=name),
+        ModelCardData(library_name="regard", pipeline_tag=task.pipeline_tag, tags=tags, model_name=name),
         template_path=str(TEMPLATE),
         name=name,
-        job=job,
+        job=task.job,
         parameters=describe(folder)["parameters"],
         version=__version__,
-        example=example.format(name=name),
+        example=task.example.format(name=name),
         verb=verb,
         data=f"Trained on `{data}`." if data else "Trained on what `regard train` generates by default.",
         settings=yaml.safe_dump(settings, sort_keys=False).strip() if settings else "",
