@@ -71,10 +71,11 @@ bench-onnx: $(VENV)/.installed-bench ## measure onnxruntime beside PyTorch
 	$(BIN)/python benchmarks/export_onnx.py $(BENCH_ARGS)
 
 COUNTER ?= sequential-attention-counting-tiny
-bench-count: $(VENV)/.installed-bench ## measure counting: other counters, photographs, what an object costs
+bench-count: $(VENV)/.installed-bench ## measure counting: other counters, photographs, what an object costs, what each module buys
 	$(BIN)/python benchmarks/count.py peers $(COUNTER) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/count.py photographs $(COUNTER) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/count.py cost $(COUNTER) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/count_ablations.py $(COUNTER)
 
 train-count: $(VENV)/.installed-dev ## train sequential-attention-counting-tiny again, or go on where it stopped (TRAIN_ARGS: flags)
 	OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
