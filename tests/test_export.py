@@ -217,6 +217,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
         "count": {
             "configuration_sequential_attention_counting.py",
             "counting_layers.py",
+            "counting_loop.py",
             "counting_losses.py",
             "counting_outputs.py",
             "modeling_sequential_attention_counting.py",
