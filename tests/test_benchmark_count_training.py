@@ -1,4 +1,4 @@
-"""benchmarks/count_ablations.py: its runs differ as their names say, and each trains what it has."""
+"""benchmarks/count_ablations.py and calibrate_done.py, with a model that knows nothing."""
 
 import importlib
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from regard import SequentialAttentionCountingConfig, SequentialAttentionCountingModel
 from regard.data import emoji_scenes
@@ -22,6 +23,11 @@ def bench(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip(str(error))
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     return importlib.import_module("count_ablations")
+
+
+@pytest.fixture
+def calibration(bench) -> Any:
+    return importlib.import_module("calibrate_done")
 
 
 @pytest.fixture
@@ -72,3 +78,47 @@ def test_table_and_report(bench, tmp_path, capsys, monkeypatch):
     report = json.loads(output.read_text())
     assert report["command"] == f"python benchmarks/count_ablations.py any --only baseline all --output {output}"
     assert list(report["results"]) == ["baseline", "all"]
+
+
+class Scorer:
+    """Counts up to three of everything, ever less sure that one is left."""
+
+    batch_size = 2
+
+    class collate:
+        @staticmethod
+        def questions(row: Any) -> list[tuple[str, list[Any]]]:
+            return [(name, [[0, 0]] * number) for name, number in row["true"].items()]
+
+    @staticmethod
+    def count(asked: Any, done_threshold: float, **_: Any) -> Any:
+        scores = [score for score in (0.95, 0.65, 0.15) if 1 - score < done_threshold]
+        points = [{"x": 1.0, "y": 1.0, "score": score} for score in scores]
+        return [[{"points": points} for _ in row["category"]] for row in asked]
+
+
+def test_counts_by_threshold_follow_from_one_pass(calibration):
+    rows = [{"pixel_values": None, "true": {"cats": 2, "dogs": 0}}, {"pixel_values": None, "true": {"owls": 3}}] * 2
+    errors = calibration.count_errors(Scorer, rows, lambda images: None)
+    assert errors.shape == (len(calibration.THRESHOLDS), 6)
+    by_threshold = dict(zip(calibration.THRESHOLDS, errors.tolist(), strict=True))
+    assert by_threshold[0.1] == [-1, 1, -2] * 2  # stops after the first
+    assert by_threshold[0.5] == [0, 2, -1] * 2
+    assert by_threshold[0.9] == [1, 3, 0] * 2
+
+
+def test_a_threshold_is_chosen_and_saved(calibration, checkpoint, tmp_path, capsys):
+    arguments = [checkpoint, "--images", "1", "--threads", "1", "--save", str(tmp_path / "saved")]
+    threads = torch.get_num_threads()
+    try:
+        assert calibration.main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "| threshold | trained 0-4: exact | MAE |" in printed
+    best = float(printed.rsplit(": ", 1)[1])
+    config = SequentialAttentionCountingConfig.from_pretrained(tmp_path / "saved")
+    assert config.done_threshold == best
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {value.dtype for name, value in saved.items() if name.startswith("vlm.")} == {torch.float16}
+    assert saved["heads.score.weight"].dtype == torch.float32  # what is new stays in full precision
