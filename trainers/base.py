@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
 from regard.card import write_card
 from regard.trainers.checkpoints import CheckpointTrainer
@@ -24,12 +24,8 @@ class RegardTrainingArguments(TrainingArguments):
     data_seed: `seed`, for each process draws noise of its own, but the order of the data must be one for all.
     dispatch_batches, in `accelerator_config`: false. Each process reads its own rows of an iterable data set; the
         parent's default would cut up collated batches, in which rows may share an image, or differ in length.
-    hub_strategy: "end", for what the parent pushes on the way holds a pickle of these arguments.
     """
 
-    hub_strategy: HubStrategy | str = field(
-        default="end", metadata={"help": "When to push to the Hub: end, every_save, checkpoint or all_checkpoints."}
-    )
     muon_learning_rate: float = field(
         default=0.0,
         metadata={

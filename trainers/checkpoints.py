@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
+from transformers.utils.hub import hf_api
+
+from regard.export import NOT_OF_CHECKPOINTS
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +168,8 @@ class CheckpointTrainer(Trainer):
 
     What FSDP2 shards is gathered: `from_pretrained` reads a checkpoint, and one process can go on from it. Under
     DeepSpeed, whose engine pickles what it remembers, checkpoints hold weights only, and no training goes on from one.
-    A `PeftModel` is saved as adapters with the model's configuration.
+    `hub_strategy` pushes what is complete, and of what the parent pushes all but the pickled arguments, so that its
+    default can be the parent's. A `PeftModel` is saved as adapters with the model's configuration.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -224,7 +228,43 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
-            rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+            if not (pushing := self._is_pushing()):  # what is on its way stays until it has arrived
+                rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+            if self.args.push_to_hub and (self.args.hub_always_push or not pushing):
+                self._push(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the parent pushes before a checkpoint is complete, and with it a pickle of the arguments."""
+
+    def _is_pushing(self) -> bool:
+        if not (self.args.push_to_hub and self.is_world_process_zero()):
+            return False
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
+
+    def _push(self, folder: str) -> None:
+        """Push the model of a checkpoint, and as `hub_strategy` has it the checkpoint, in the background."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        uploads: list[dict[str, Any]] = [{"commit_message": message, "ignore_patterns": [*NOT_OF_CHECKPOINTS]}]
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if is_last else os.path.basename(folder)
+            uploads.append({"commit_message": f"{message}, checkpoint", "path_in_repo": name})
+        if not self._is_pushing():
+            self.push_in_progress = PushInProgress()
+        for upload in uploads:
+            self.push_in_progress.jobs.append(
+                hf_api().upload_folder(
+                    repo_id=str(self.hub_model_id),
+                    folder_path=folder,
+                    token=self.args.hub_token,
+                    revision=self.args.hub_revision,
+                    run_as_future=True,
+                    **upload,
+                )
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self.is_fsdp_enabled:
