@@ -215,6 +215,9 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A reader\n")
     (checkpoint / "evaluation.json").write_text(json.dumps({"results": {"line": {"cer": 0.25, "images": 1000}}}))
     (checkpoint / "optimizer.pt").touch()
+    (checkpoint / "onnx").mkdir()
+    for name in ("read.onnx", "read.onnx.data", "sizes.json", "optimizer.pt", "training_args.json"):
+        (checkpoint / "onnx" / name).write_bytes(b"of " + name.encode())
     done = client.regard("push", checkpoint, "me/reader", "--private", "--with-code", "--message", "First")
     assert done.code == 0, done.err
     repository = hub.repositories["me/reader"]
@@ -222,7 +225,9 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
     assert repository.private
     pushed = files_of(hub, "me/reader")
     assert {"modeling_image_text_slot.py", "README.md", "evaluation.json", "tokenizer.json"} <= pushed.keys()
-    assert "optimizer.pt" not in pushed
+    assert not any(name.endswith(("optimizer.pt", "training_args.json")) for name in pushed)
+    graphs = {name: content for name, content in pushed.items() if name.startswith("onnx/")}
+    assert graphs == {f"onnx/{name}": f"of {name}".encode() for name in ("read.onnx", "read.onnx.data", "sizes.json")}
     assert pushed["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
 
     done = client.regard("info", "me/reader")
@@ -238,7 +243,8 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
 
     done = client.regard("export", "me/reader", tmp_path / "copy")
     assert done.code == 0, done.err
-    copy = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    copy = {path.relative_to(tmp_path / "copy").as_posix(): path.read_bytes() for path in files}
     assert copy == {path: content for path, content in pushed.items() if path != ".gitattributes"}
 
     # Another branch leaves main alone.
