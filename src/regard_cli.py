@@ -258,7 +258,8 @@ examples:
 
 PUSH_EPILOG = """\
 The repository is made if it is not there, public unless --private. It gets what `regard export MODEL DIR` would write,
-as one commit; other files in it stay. If the upload breaks off, the repository is as before: repeat the command.
+as one commit, and so the graphs that `regard export --onnx` has left in MODEL/onnx/; other files in it stay. If the
+upload breaks off, the repository is as before: repeat the command.
 
 You need a token that may write: `hf auth login` once, or the environment variable HF_TOKEN. The address of the commit
 appears on standard output; `from_pretrained("OWNER/NAME", revision=COMMIT)` always loads these very weights.

@@ -1,9 +1,10 @@
 """Trains tiny models of all kinds and tells what came of it: test_launch.py runs this in one process and in two.
 
-    python tests/launched.py FOLDER BATCH_SIZE NAME [NAME ...]
+    python tests/launched.py [--from OTHER] FOLDER BATCH_SIZE NAME [NAME ...]
 
 The first process writes FOLDER/NAME/result.json, each FOLDER/process-N.json. Under ACCELERATE_USE_FSDP=true, as
-`accelerate launch` sets it, weights are sharded.
+`accelerate launch` sets it, weights are sharded. With --from, trainings go on from OTHER/NAME/checkpoint-2, which
+then is loaded as the best in FOLDER/NAME/best, and as one that nothing is left to do for in FOLDER/NAME/restored.
 """
 
 import json
@@ -24,6 +25,8 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 from torch.distributed.tensor import DTensor
 
+from regard.train_counting import add_adapters
+
 Rows = list[dict[str, Any]]
 
 
@@ -33,6 +36,16 @@ def one_object(number: int) -> dict[str, Any]:
     image = Image.new("RGB", (32, 32), "white")
     ImageDraw.Draw(image).rectangle((x - 3, y - 3, x + 2, y + 2), fill=color)
     return {"pixel_values": image, "image_id": str(number), "category": color, "points": [[x, y]]}
+
+
+def with_adapters(folder: Path, **arguments: Any) -> Any:
+    """A trainer of adapters and of modules of their own."""
+    trainer = counting.make_trainer(folder, **arguments)
+    torch.manual_seed(0)  # the trainer has drawn other numbers in each process
+    model: Any = add_adapters(trainer.model, 2, None, (".*q_proj",))
+    return counting.AlternatingCountTrainer(
+        model, trainer.args, counting.make_processor(), eval_dataset=trainer.eval_dataset
+    )
 
 
 # Of each trainer what makes it, the rows, and the settings that leave nothing to chance. The losses are means over
@@ -52,6 +65,8 @@ KINDS: dict[str, tuple[Callable[..., Any], Rows, dict[str, Any]]] = {
         [one_object(number) for number in range(8)],
         {"point_jitter": 0.0, "double_points": 0.0, "logged_counts": 1},
     ),
+    "muon": (vqa.make_trainer, vqa.make_rows(4), {"muon_learning_rate": 1e-3}),
+    "adapters": (with_adapters, [one_object(number) for number in range(8)], {"logged_counts": 0}),
 }
 
 
@@ -64,7 +79,7 @@ def make(name: str, folder: Path, batch_size: int, **changes: Any) -> Any:
         per_device_train_batch_size=batch_size,
         logging_steps=1,
         save_strategy="steps",
-        save_steps=3,
+        save_steps=1,
         load_best_model_at_end=False,
         report_to="tensorboard",
         eval_steps=3,
@@ -93,9 +108,21 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = initialize_as_on_gpus
 
 
+def resume(other: str, folder: str, size: str, *names: str) -> None:
+    for name in names:
+        trainer = make(name, Path(folder, name), int(size), eval_strategy="no")
+        checkpoint = str(Path(other, name, "checkpoint-2"))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.state.best_model_checkpoint = checkpoint
+        trainer._load_best_model()
+        trainer.save_model(str(Path(folder, name, "best")))
+        trainer = make(name, Path(folder, name), int(size), eval_strategy="no")
+        trainer.restore(checkpoint)
+        trainer.save_model(str(Path(folder, name, "restored")))
+
+
 def main(folder: str, size: str, *names: str) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_cpus()
     state, batch_size, own = PartialState(), int(size), {}
     for name in names:
         trainer = make(name, Path(folder, name), batch_size, per_device_eval_batch_size=batch_size // 2)
@@ -119,4 +146,9 @@ def main(folder: str, size: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
+    if sys.argv[1] == "--from":
+        resume(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".onnx")
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,11 @@ def test_reading(runner, tiny_checkpoint, tmp_path):
 def exported_classifier(tiny_classifier, tmp_path_factory) -> tuple[Path, str, str]:
     """What the command line made of a classifier: the folder, and what stands on standard output and error."""
     folder = tmp_path_factory.mktemp("exported") / "out"
+    source = shutil.copytree(tiny_classifier, folder.parent / "in")
+    (source / "onnx").mkdir()
+    (source / "onnx/old.onnx").touch()  # is made anew
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as errors:
-        assert main(["export", str(tiny_classifier), str(folder), "--onnx"]) == 0
+        assert main(["export", str(source), str(folder), "--onnx"]) == 0
     return folder, out.getvalue(), errors.getvalue()
 
 
@@ -75,7 +78,7 @@ def test_the_command_line_names_its_files(exported_classifier, tiny_classifier):
     assert out.splitlines() == [str(folder / path.name) for path in sorted(tiny_classifier.iterdir())] + [
         str(folder / "onnx/classify.onnx")
     ]
-    assert all(Path(line).is_file() for line in out.splitlines())
+    assert {str(path) for path in folder.rglob("*") if path.is_file()} == set(out.splitlines())
     assert "torch" not in errors
 
 

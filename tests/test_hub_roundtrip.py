@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from stranger import WITHOUT_REGARD, approximately
 from transformers import pipeline
 
+from regard.trainers.checkpoints import fault
+
 TOKENS = {"hf_me": "me", "hf_other": "other"}
 NOWHERE = "http://127.0.0.1:9"
 
@@ -213,6 +215,9 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A reader\n")
     (checkpoint / "evaluation.json").write_text(json.dumps({"results": {"line": {"cer": 0.25, "images": 1000}}}))
     (checkpoint / "optimizer.pt").touch()
+    (checkpoint / "onnx").mkdir()
+    for name in ("read.onnx", "read.onnx.data", "sizes.json", "optimizer.pt", "training_args.json"):
+        (checkpoint / "onnx" / name).write_bytes(b"of " + name.encode())
     done = client.regard("push", checkpoint, "me/reader", "--private", "--with-code", "--message", "First")
     assert done.code == 0, done.err
     repository = hub.repositories["me/reader"]
@@ -220,7 +225,9 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
     assert repository.private
     pushed = files_of(hub, "me/reader")
     assert {"modeling_image_text_slot.py", "README.md", "evaluation.json", "tokenizer.json"} <= pushed.keys()
-    assert "optimizer.pt" not in pushed
+    assert not any(name.endswith(("optimizer.pt", "training_args.json")) for name in pushed)
+    graphs = {name: content for name, content in pushed.items() if name.startswith("onnx/")}
+    assert graphs == {f"onnx/{name}": f"of {name}".encode() for name in ("read.onnx", "read.onnx.data", "sizes.json")}
     assert pushed["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
 
     done = client.regard("info", "me/reader")
@@ -236,7 +243,8 @@ def test_the_command_line_pushes_describes_and_exports(hub, client, tiny_checkpo
 
     done = client.regard("export", "me/reader", tmp_path / "copy")
     assert done.code == 0, done.err
-    copy = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    copy = {path.relative_to(tmp_path / "copy").as_posix(): path.read_bytes() for path in files}
     assert copy == {path: content for path, content in pushed.items() if path != ".gitattributes"}
 
     # Another branch leaves main alone.
@@ -333,16 +341,35 @@ def test_without_a_network(hub, tiny_classifier, tmp_path):
     assert "Traceback" not in pushed.err + info.err
 
 
-def test_a_training_pushes_its_model_and_card_and_no_pickle(hub, client, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "folders"),
+    [
+        ("end", set()),
+        ("every_save", set()),
+        ("checkpoint", {"last-checkpoint"}),
+        ("all_checkpoints", {"checkpoint-1", "checkpoint-2"}),
+    ],
+)
+def test_a_training_pushes_its_model_and_card_and_no_pickle(hub, client, tmp_path, strategy, folders):
+    repo = f"me/trained-{strategy}"
     settings = (
         "--preset tiny --max_steps 2 --per_device_train_batch_size 2 --use_cpu --dataloader_num_workers 0 "
-        "--tiers line=1 --save_steps 1 --eval_strategy no --report_to none --push_to_hub true --hub_model_id me/trained"
+        "--tiers line=1 --save_steps 1 --save_total_limit 2 --eval_strategy no --report_to none "
+        f"--push_to_hub true --hub_model_id {repo} --hub_strategy {strategy} --hub_always_push true"
     )
     done = client.regard("train", *settings.split(), "--output_dir", tmp_path / "run")
     assert done.code == 0, done.err
-    pushed = files_of(hub, "me/trained")
+    pushed = files_of(hub, repo)
     assert pushed["model.safetensors"] == (tmp_path / "run/model.safetensors").read_bytes()
     assert "2 steps (" in pushed["README.md"].decode()
     assert "max_steps: 2\n" in pushed["README.md"].decode()
     assert {Path(name).suffix for name in pushed} <= {".json", ".md", ".safetensors", ".gitattributes", ""}
-    assert not any(name.startswith("checkpoint") for name in pushed)
+    assert {name.partition("/")[0] for name in pushed if "/" in name} == folders
+    states = [files.keys() for files in hub.repositories[repo].commits.values()]
+    assert any("config.json" in names and "README.md" not in names for names in states) == (strategy != "end")
+    for name in folders:
+        for path, content in pushed.items():
+            if path.startswith(f"{name}/"):
+                (tmp_path / path).parent.mkdir(exist_ok=True)
+                (tmp_path / path).write_bytes(content)
+        assert fault(tmp_path / name) is None

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from transformers import get_scheduler
 
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
@@ -117,3 +118,17 @@ def test_evaluation_leaves_nothing_out(tmp_path):
     rows: Any = [{"labels": row} for row in range(7)]
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader(rows)) == 7
     assert trainer.args.dataloader_drop_last
+
+
+def test_an_evaluation_counts_each_sample_alike(tmp_path):
+    rows: Any = [{name: value[row] for name, value in inputs(seed).items()} for seed in (0, 1) for row in range(4)][:7]
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4)
+
+    def losses(dataset: Any) -> list[float]:
+        metrics = trainer.evaluate(dataset)
+        return [metrics["eval_loss"], metrics["eval_loss_answer"]]
+
+    first, second = losses(rows[:4]), losses(rows[4:])
+    assert losses(rows) == pytest.approx([(4 * a + 3 * b) / 7 for a, b in zip(first, second, strict=True)])
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert losses(stream) == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
 from regard.card import write_card
 from regard.trainers.checkpoints import CheckpointTrainer
@@ -24,12 +25,8 @@ class RegardTrainingArguments(TrainingArguments):
     data_seed: `seed`, for each process draws noise of its own, but the order of the data must be one for all.
     dispatch_batches, in `accelerator_config`: false. Each process reads its own rows of an iterable data set; the
         parent's default would cut up collated batches, in which rows may share an image, or differ in length.
-    hub_strategy: "end", for what the parent pushes on the way holds a pickle of these arguments.
     """
 
-    hub_strategy: HubStrategy | str = field(
-        default="end", metadata={"help": "When to push to the Hub: end, every_save, checkpoint or all_checkpoints."}
-    )
     muon_learning_rate: float = field(
         default=0.0,
         metadata={
@@ -113,7 +110,8 @@ class RegardTrainer(CheckpointTrainer):
         # kinds draw the order of the data from this seed.
         if self.args.train_sampling_strategy in ("random", "sequential"):
             set_seed(self.args.seed + self.args.process_index)
-        self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)  # since the last log
+        self._evaluated: list[dict[str, torch.Tensor]] = []  # losses of each batch of an evaluation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters under weight decay: matrices and kernels that are not learned tokens."""
@@ -174,29 +172,56 @@ class RegardTrainer(CheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = {name: value.detach()[None] for name, value in outputs.items() if name.startswith("loss_")}
-        if parts and not model.training:  # a row has the mean of its batch, and rows that fill up the last one go
-            rows = torch.stack(list(parts.values()), dim=1).repeat(self.args.eval_batch_size, 1)
-            parts = dict(zip(parts, self.gather_function(rows).unbind(1), strict=True))
-        for name, value in parts.items():
-            self._parts["train" if model.training else "eval"][name].append(value)
+        parts = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
+        if model.training:
+            for name, value in parts.items():
+                self._parts[name].append(value)
+        else:
+            self._evaluated.append({"loss": loss.detach(), **parts})
         return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), license)
 
-    def _mean_parts(self, mode: str) -> dict[str, float]:
+    def _mean_parts(self) -> dict[str, float]:
         """Means since the last call, over all processes."""
-        parts, self._parts[mode] = self._parts[mode], defaultdict(list)
+        parts, self._parts = self._parts, defaultdict(list)
         return {
-            name: self.accelerator.gather(torch.cat(values).float().mean()).mean().item()
+            name: self.accelerator.gather(torch.stack(values).float().mean()).mean().item()
             for name, values in parts.items()
         }
 
+    def _mean_losses(self, dataloader: Any) -> dict[str, float]:
+        """Means over the samples of the evaluation that has just ended; of a stream, over its batches.
+
+        Where samples do not fill the last batches of all processes, others do: these processes look again, at what is
+        left alone.
+        """
+        weights: Any = [1] * len(self._evaluated)
+        if not isinstance(dataloader.dataset, IterableDataset):
+            size, processes = self.args.eval_batch_size, self.args.world_size
+            batches, rest = divmod(len(dataloader.dataset), size * processes)
+            weights = [size] * batches + [rest]
+            if rest and processes > 1:
+                before = self.args.process_index * size
+                own = max(0, min(rest - before, size))
+                first = len(dataloader.dataset) - rest + before if own else 0
+                rows = [dataloader.dataset[row] for row in range(first, first + max(own, 1))]
+                network: Any = self.model
+                self.prediction_step(network, dataloader.collate_fn(rows), True)
+                weights = [size] * batches + [0, own]
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))
+        for losses, weight in zip(self._evaluated, weights, strict=False):
+            for name, value in losses.items():
+                sums[name] += torch.stack((value.float(), torch.ones_like(value.float()))) * weight
+        self._evaluated.clear()
+        totals = {name: self.accelerator.gather(value[None]).sum(0) for name, value in sums.items()}
+        return {name: (total[0] / total[1]).item() for name, total in totals.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._mean_parts("train"))
+            logs.update(self._mean_parts())
         super().log(logs, start_time)
 
     @contextmanager
@@ -216,14 +241,15 @@ class RegardTrainer(CheckpointTrainer):
         """Show TensorBoard what the model makes of some samples of an evaluation set."""
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._parts["eval"].clear()
+        self._evaluated.clear()
         with self.whole_weights():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            losses = self._mean_losses(dataloader)
             if self.is_world_process_zero():
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                         self.log_pictures(callback.tb_writer, dataloader.dataset, metric_key_prefix)
-        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._mean_parts("eval").items()})
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in losses.items()})
         return output
 
 

@@ -14,12 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
+from transformers.utils.hub import hf_api
+
+from regard.export import NOT_OF_CHECKPOINTS
+
+logger = logging.get_logger(__name__)
 
 # None of them belongs to a model that is exported or pushed, which is known by how their names begin.
 MANIFEST_NAME = "training_manifest.json"
@@ -99,6 +107,19 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state, index)
 
 
+def gather(value: Any, keep: bool) -> Any:
+    """A sharded tensor whole, on the CPU of the processes that keep it; all call this. Anything else as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.to(value.device_mesh.device_type).full_tensor()
+    return whole.cpu() if keep else None
+
+
+def shard_as(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded as another is, if it is; all processes call it."""
+    return distribute_tensor(value, other.device_mesh, other.placements) if isinstance(other, DTensor) else value
+
+
 def unseal(folder: str | Path) -> None:
     """Mark a checkpoint as incomplete, before it is written."""
     Path(folder, MANIFEST_NAME).unlink(missing_ok=True)
@@ -145,9 +166,40 @@ def find_newest(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:
 class CheckpointTrainer(Trainer):
     """`transformers.Trainer` whose checkpoints are complete or recognised as not, and without a pickle.
 
-    Where FSDP or DeepSpeed shards the optimizer's state, they save it in ways of their own, which pickle.
-    A `PeftModel` is saved as adapters with the model's configuration.
+    What FSDP2 shards is gathered: `from_pretrained` reads a checkpoint, and one process can go on from it. Under
+    DeepSpeed, whose engine pickles what it remembers, checkpoints hold weights only, and no training goes on from one.
+    `hub_strategy` pushes what is complete, and of what the parent pushes all but the pickled arguments, so that its
+    default can be the parent's. A `PeftModel` is saved as adapters with the model's configuration.
     """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.is_fsdp_enabled:
+            if state.fsdp_plugin.fsdp_version != 2:
+                raise ValueError("FSDP 1 pickles what it saves; launch with fsdp_version: 2")
+            state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if self.is_deepspeed_enabled:
+            if self.args.load_best_model_at_end:
+                raise ValueError("load_best_model_at_end: DeepSpeed pickles what it could go back to; give false")
+            settings = state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+            if settings.get("stage") == 3 and not settings.get("stage3_gather_16bit_weights_on_model_save"):
+                raise ValueError("ZeRO-3 pickles weights that it does not gather; set zero3_save_16bit_model: true")
+            if not self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
+                logger.warning("DeepSpeed: checkpoints hold weights only (save_only_model), and no training resumes")
+            self.args.save_only_model = True
+
+    def _refuse_to_resume_under_deepspeed(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "resume_from_checkpoint: under DeepSpeed checkpoints hold weights only; "
+                "begin a new training with them (init_from), or launch with FSDP2"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint:
+            self._refuse_to_resume_under_deepspeed()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if not self.args.should_save:
@@ -176,26 +228,75 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
-            rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+            if not (pushing := self._is_pushing()):  # what is on its way stays until it has arrived
+                rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+            if self.args.push_to_hub and (self.args.hub_always_push or not pushing):
+                self._push(folder)
 
-    @property
-    def _state_is_sharded(self) -> bool:
-        """FSDP and DeepSpeed save the optimizer's state in ways of their own."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the parent pushes before a checkpoint is complete, and with it a pickle of the arguments."""
+
+    def _is_pushing(self) -> bool:
+        if not (self.args.push_to_hub and self.is_world_process_zero()):
+            return False
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
+
+    def _push(self, folder: str) -> None:
+        """Push the model of a checkpoint, and as `hub_strategy` has it the checkpoint, in the background."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        uploads: list[dict[str, Any]] = [{"commit_message": message, "ignore_patterns": [*NOT_OF_CHECKPOINTS]}]
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if is_last else os.path.basename(folder)
+            uploads.append({"commit_message": f"{message}, checkpoint", "path_in_repo": name})
+        if not self._is_pushing():
+            self.push_in_progress = PushInProgress()
+        for upload in uploads:
+            self.push_in_progress.jobs.append(
+                hf_api().upload_folder(
+                    repo_id=str(self.hub_model_id),
+                    folder_path=folder,
+                    token=self.args.hub_token,
+                    revision=self.args.hub_revision,
+                    run_as_future=True,
+                    **upload,
+                )
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        network: Any = self.accelerator.unwrap_model(self.model)
+        adapts = isinstance(network, PeftModel)
+        weights = get_peft_model_state_dict(network) if adapts else network.state_dict()
+        path = os.path.join(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME if adapts else SAFE_WEIGHTS_NAME)
+        for name, value in load_file(path).items():
+            weights[name].copy_(shard_as(value, weights[name]))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._state_is_sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            optimizer, scheduler, scaler = self._stateful()
-            state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            if scaler is not None:
-                state["scaler"] = scaler.state_dict()
+        optimizer, scheduler, scaler = self._stateful()
+        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        state["optimizer"]["state"] = {
+            index: {name: gather(value, self.args.should_save) for name, value in entry.items()}
+            for index, entry in state["optimizer"]["state"].items()
+        }
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
+        if self.args.should_save:
             save_state(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._state_is_sharded:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
         path = os.path.join(checkpoint, STATE_NAME)
         if not os.path.isfile(path):
             raise FileNotFoundError(
@@ -204,6 +305,11 @@ class CheckpointTrainer(Trainer):
             )
         state = load_state(path)
         optimizer, scheduler, scaler = self._stateful()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, entry in state["optimizer"]["state"].items():
+            for name, value in entry.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                    entry[name] = shard_as(value, parameters[index])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         if scaler is not None and "scaler" in state:
@@ -213,12 +319,10 @@ class CheckpointTrainer(Trainer):
         return self.optimizer, self.lr_scheduler, self.accelerator.scaler
 
     def _save_scaler(self, output_dir: str) -> None:
-        if self._state_is_sharded:
-            super()._save_scaler(output_dir)
+        """It is saved with the optimizer."""
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._state_is_sharded:
-            super()._load_scaler(checkpoint)
+        """It is loaded with the optimizer."""
 
     def _random_state_path(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, RANDOM_STATE_NAME.format(process=self.args.process_index))
@@ -233,6 +337,7 @@ class CheckpointTrainer(Trainer):
 
     def restore(self, checkpoint: str) -> None:
         """Be as after a training whose last checkpoint this is."""
+        self._refuse_to_resume_under_deepspeed()
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:

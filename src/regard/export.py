@@ -37,6 +37,7 @@ from regard.hub import CheckpointError, explain, find_verb, load, resolve
 # What a checkpoint consists of; what else its folder holds, such as optimizer states, is not for others.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 NOT_OF_CHECKPOINTS = ("trainer_state.json", "training_*")
+GRAPH_FILES = ("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.json")  # as `export_onnx` writes them
 
 _PACKAGE = "regard."
 _MODEL_CLASSES = (AutoModel, AutoBackbone, AutoModelForImageClassification, AutoModelForVisualQuestionAnswering)
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_transformers()
     try:
         model = _load_for_onnx(options.model) if options.onnx else None
-        files = export_checkpoint(options.model, options.folder, options.with_code)
+        files = export_checkpoint(options.model, options.folder, options.with_code, with_graphs=not options.onnx)
         if model is not None:
             from regard.export_onnx import export_onnx
 
@@ -113,13 +114,16 @@ def export_with_code(
         return sorted(place.iterdir())
 
 
-def export_checkpoint(model: str | Path, folder: str | Path, with_code: bool = False) -> list[Path]:
+def export_checkpoint(
+    model: str | Path, folder: str | Path, with_code: bool = False, with_graphs: bool = True
+) -> list[Path]:
     """Copy a checkpoint, byte for byte, with its card and figures, and on request with the code that loads it.
 
     Args:
         model: see `regard.hub.resolve`. Code that already lies beside it is copied, too, or with `with_code` renewed.
         folder: must be new or empty.
         with_code: as `export_with_code` has it.
+        with_graphs: copy the ONNX graphs that lie beside it in `onnx/`, too.
 
     Returns:
         The files written.
@@ -132,21 +136,25 @@ def export_checkpoint(model: str | Path, folder: str | Path, with_code: bool = F
     source = resolve(model)
     with explain(model, source):
         if not (place := Path(source)).is_dir():
-            place = Path(snapshot_download(source, allow_patterns=[*CHECKPOINT_FILES, "*.py"]))
+            place = Path(snapshot_download(source, allow_patterns=[*CHECKPOINT_FILES, *GRAPH_FILES, "*.py"]))
         config = AutoConfig.from_pretrained(place)
         stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
     code = _code_of(config, _named_parts(place), name) if with_code else {}
-    patterns = CHECKPOINT_FILES if with_code or "auto_map" not in stored else (*CHECKPOINT_FILES, "*.py")
+    patterns = [*CHECKPOINT_FILES, *(GRAPH_FILES if with_graphs else ())]
+    if "auto_map" in stored and not with_code:
+        patterns.append("*.py")
     files = {path for pattern in patterns for path in place.glob(pattern) if path.is_file()}
     files = {path for path in files if not any(path.match(pattern) for pattern in NOT_OF_CHECKPOINTS)}
     if not any(path.suffix == ".safetensors" for path in files):
         raise ExportError(f"{name}: holds no weights; give a folder with model.safetensors")
     with new_folder(folder) as target:
         for path in files:
-            shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(place)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         if with_code:
             _add_code(target, config, code)
-        return sorted(target.iterdir())
+        return sorted(path for path in target.rglob("*") if path.is_file())
 
 
 def collect_code(classes: Iterable[type]) -> dict[str, str]:

@@ -47,7 +47,7 @@ def push_checkpoint(
     revision: str | None = None,
     message: str | None = None,
 ) -> CommitInfo:
-    """Put what `export_checkpoint` writes into a repository of the Hub, as one commit.
+    """Put what `export_checkpoint` writes into a repository of the Hub, ONNX graphs too, as one commit.
 
     The repository and the branch are made if they are not there. What breaks off leaves them without the commit.
 
