@@ -142,6 +142,8 @@ def main(folder: str, size: str, *names: str) -> None:
         trainer.train()
         own["stream"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         own["rows"] = {shards: rows_read(trainer, shards) for shards in (1, 4)}
+        ones = torch.ones(2)
+        own["means"] = trainer._means({"both": ones} | ({} if state.is_main_process else {"last": 5 * ones}))
     Path(folder, f"process-{state.process_index}.json").write_text(json.dumps(own))
 
 

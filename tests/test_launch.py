@@ -121,6 +121,11 @@ def test_streams_are_shared_out_without_overlap(alone, pair):
     assert first["stream"] == pytest.approx(of_processes(alone)[0]["stream"], rel=1e-4)
 
 
+def test_a_loss_that_one_process_lacks_is_the_mean_of_the_others(alone, pair):
+    assert [own["means"] for own in of_processes(pair)] == 2 * [{"both": 1.0, "last": 1.0}]
+    assert of_processes(alone)[0]["means"] == {"both": 1.0}
+
+
 def test_each_process_augments_in_its_own_way(pair):
     first, second = of_processes(pair)
     assert all(first[name]["noise"] != second[name]["noise"] for name in KINDS)

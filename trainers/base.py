@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
@@ -80,6 +81,11 @@ class MuonWithOptimizer(torch.optim.Optimizer):
         return loss
 
 
+def sum_and_number(value: torch.Tensor) -> torch.Tensor:
+    """A scalar and a one, `(2,)`: what means over processes are added up from."""
+    return torch.stack((value.float(), torch.ones_like(value, dtype=torch.float32)))
+
+
 def own_name(name: str) -> str:
     """What a model itself calls a parameter or module that peft has wrapped."""
     return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
@@ -110,7 +116,7 @@ class RegardTrainer(CheckpointTrainer):
         # kinds draw the order of the data from this seed.
         if self.args.train_sampling_strategy in ("random", "sequential"):
             set_seed(self.args.seed + self.args.process_index)
-        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)  # since the last log
+        self._parts: dict[str, torch.Tensor] = {}  # sums and numbers since the last log
         self._evaluated: list[dict[str, torch.Tensor]] = []  # losses of each batch of an evaluation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -175,7 +181,7 @@ class RegardTrainer(CheckpointTrainer):
         parts = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         if model.training:
             for name, value in parts.items():
-                self._parts[name].append(value)
+                self._parts[name] = self._parts.get(name, 0) + sum_and_number(value)
         else:
             self._evaluated.append({"loss": loss.detach(), **parts})
         return (loss, outputs) if return_outputs else loss
@@ -186,11 +192,8 @@ class RegardTrainer(CheckpointTrainer):
 
     def _mean_parts(self) -> dict[str, float]:
         """Means since the last call, over all processes."""
-        parts, self._parts = self._parts, defaultdict(list)
-        return {
-            name: self.accelerator.gather(torch.stack(values).float().mean()).mean().item()
-            for name, values in parts.items()
-        }
+        parts, self._parts = self._parts, {}
+        return self._means(parts)
 
     def _mean_losses(self, dataloader: Any) -> dict[str, float]:
         """Means over the samples of the evaluation that has just ended; of a stream, over its batches.
@@ -211,13 +214,19 @@ class RegardTrainer(CheckpointTrainer):
                 network: Any = self.model
                 self.prediction_step(network, dataloader.collate_fn(rows), True)
                 weights = [size] * batches + [0, own]
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))
+        sums: dict[str, torch.Tensor] = {}
         for losses, weight in zip(self._evaluated, weights, strict=False):
             for name, value in losses.items():
-                sums[name] += torch.stack((value.float(), torch.ones_like(value.float()))) * weight
+                sums[name] = sums.get(name, 0) + weight * sum_and_number(value)
         self._evaluated.clear()
-        totals = {name: self.accelerator.gather(value[None]).sum(0) for name, value in sums.items()}
-        return {name: (total[0] / total[1]).item() for name, total in totals.items()}
+        return self._means(sums)
+
+    def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums by numbers, over all processes, some of which may lack a loss: no box was in their images."""
+        nothing = torch.zeros(2, device=self.args.device)
+        names = dict.fromkeys(gather_object(list(sums)))
+        totals = {name: self.accelerator.gather(sums.get(name, nothing)[None]).sum(0) for name in names}
+        return {name: (total / number).item() for name, (total, number) in totals.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
