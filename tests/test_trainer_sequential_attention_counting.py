@@ -200,7 +200,9 @@ class _Watch(TrainerCallback):
 def test_modes_alternate_and_each_has_its_losses(tmp_path, mode):
     trainer = make_trainer(tmp_path, mode=mode, max_steps=4)
     trainer.add_callback(_Watch())
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
+    assert [name for name, value in trainer.model.named_parameters() if torch.equal(value, before[name])] == []
     steps = [entry for entry in trainer.state.log_history if "loss_done" in entry]
     assert len(steps) == 4
     for number, step in enumerate(steps):
