@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save model and processor there, in float16")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="save model and processor there, the backbone in float16"
+    )
     options = parser.parse_args(arguments)
     quiet_transformers()
     try:

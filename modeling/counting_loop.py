@@ -25,6 +25,7 @@ class CountingMixin:
     step: Callable[..., SequentialAttentionCountingOutput]
     count_object: Callable[..., CountingMemory]
     _remember_anew: Callable[..., CountingMemory]
+    _vision: Any
 
     @torch.no_grad()
     def stream(
