@@ -113,6 +113,11 @@ class ImageTextSlotAttentionConfig(PreTrainedConfig):
     slot_positions: bool = True
     position_sharpness: float | int = 4.0
 
+    @property
+    def reach(self) -> int:
+        """How far off a slot can be felt, in slots."""
+        return self.mixing_radius * self.num_decoder_steps
+
     def validate_architecture(self):
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Layers of SequentialAttentionCounting, smallest first: fine cells and what the category makes of them, then what a
 step of counting consults: working memory, glimpses, the objects counted so far, and refinement."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -116,6 +116,14 @@ class WorkingMemory(Gated):
         """States `(rows, steps, hidden_size)` to what they add, `(rows, steps, 3, hidden_size)`."""
         return self.gate * self.proj(states).unflatten(-1, (NUM_STEP_TOKENS, -1))
 
+    def remember(
+        self, counted: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state `(rows, hidden_size)` and the LSTM's cell after one more object, all of that shape."""
+        lstm = cast(Any, self.lstm)  # whose own call takes four times as long for a single step
+        weights = (lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0)
+        return torch.lstm_cell(counted, (hidden, cell), *weights)
+
 
 class Foveation(Gated):
     """Glimpses: means of the cells under Gaussians that the step places, as wide as it wants."""
@@ -160,24 +168,26 @@ class CountedAttention(Gated):
         self.none_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
     def forward(
-        self, steps: torch.Tensor, counted: torch.Tensor, counted_mask: torch.Tensor
+        self, steps: torch.Tensor, counted: torch.Tensor, counted_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             steps: `(rows, steps, 3, hidden_size)`.
             counted: `(rows, objects, hidden_size)`.
-            counted_mask: True for those counted before a step, `(rows, steps, objects)`.
+            counted_mask: True for those counted before a step, `(rows, steps, objects)`; all are, if None.
 
         Returns:
             what is added to `steps`, and the weights of none and of the objects, `(rows, heads, steps * 3, 1 +
             objects)`, or None where the implementation gives none.
         """
         known = torch.cat((self.none_token.expand(counted.shape[0], -1, -1).to(counted.dtype), counted), dim=1)
-        usable = nn.functional.pad(counted_mask, (1, 0), value=True)
-        usable = usable[:, :, None].expand(-1, -1, NUM_STEP_TOKENS, -1).flatten(1, 2)[:, None]
-        bias = torch.zeros(usable.shape, dtype=steps.dtype, device=steps.device).masked_fill(
-            ~usable, torch.finfo(steps.dtype).min
-        )
+        bias = None
+        if counted_mask is not None:
+            usable = nn.functional.pad(counted_mask, (1, 0), value=True)
+            usable = usable[:, :, None].expand(-1, -1, NUM_STEP_TOKENS, -1).flatten(1, 2)[:, None]
+            bias = torch.zeros(usable.shape, dtype=steps.dtype, device=steps.device).masked_fill(
+                ~usable, torch.finfo(steps.dtype).min
+            )
         memory = self.attention.project_memory(known, known)
         added, weights = self.attention(self.norm(steps).flatten(1, 2), memory, bias)
         return self.gate * added.unflatten(1, (-1, NUM_STEP_TOKENS)), weights
@@ -236,19 +246,20 @@ class StepLayers(nn.Module):
         scene: CountingScene,
         states: torch.Tensor | None,
         counted: torch.Tensor | None,
-        counted_mask: torch.Tensor,
+        counted_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             states: of the working memory, `(rows, steps, hidden_size)`.
             counted: `(rows, objects, hidden_size)`.
-            counted_mask: True for those counted before a step, `(rows, steps, objects)`.
+            counted_mask: True for those counted before a step, `(rows, steps, objects)`. None: one step, after all.
 
         Returns:
             queries `(rows, steps, 2 * hidden_size)`, scores of "no more" `(rows, steps)`, glimpses and attention to
             the counted, or None.
         """
-        steps = cast(torch.Tensor, scene.steps)[:, None].expand(-1, counted_mask.shape[1], -1, -1)
+        number = 1 if counted_mask is None else counted_mask.shape[1]
+        steps = cast(torch.Tensor, scene.steps)[:, None].expand(-1, number, -1, -1)
         glimpses = weights = None
         if self.memory is not None:
             steps = steps + self.memory(states)

@@ -1,4 +1,7 @@
-"""Losses of SequentialAttentionCounting: whether any object is left, which cells hold one, and where in them it is."""
+"""Losses of SequentialAttentionCounting: whether any object is left, which cells hold one, and where in them it is.
+
+Each is given as a sum and the number of what was added up; the model's loss is made of their means.
+"""
 
 import math
 
@@ -7,6 +10,7 @@ from torch import nn
 
 from regard.modeling.counting_outputs import CountingScene, SequentialAttentionCountingOutput
 
+Sums = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
 VISITED = 1e4  # taken from the score of a cell that has been pointed at
 
 
@@ -33,7 +37,7 @@ def done_and_where_losses(
     objects: torch.Tensor,
     point_objects: torch.Tensor,
     done_log_odds: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
+) -> Sums:
     """`loss_done` and `loss_where`; see `SequentialAttentionCountingOutput`.
 
     Args:
@@ -58,12 +62,12 @@ def done_and_where_losses(
     surprise = -(hits * left).sum(2) / left.sum(2).clamp(min=1)
     wanted = valid & ~is_done
     return {
-        "loss_done": (wrong * valid).sum() / valid.sum().clamp(min=1),
-        "loss_where": (surprise * wanted).sum() / wanted.sum().clamp(min=1),
+        "loss_done": ((wrong * valid).sum(), valid.sum()),
+        "loss_where": ((surprise * wanted).sum(), wanted.sum()),
     }
 
 
-def location_losses(scene: CountingScene, objects: torch.Tensor) -> dict[str, torch.Tensor]:
+def location_losses(scene: CountingScene, objects: torch.Tensor) -> Sums:
     """`loss_x` and `loss_y`, of the cells of objects and those beside: where an object lies on an edge, either may be
     pointed at."""
     points, places, sides = scene["points"], scene["places"], scene["sides"][:, None]
@@ -76,16 +80,16 @@ def location_losses(scene: CountingScene, objects: torch.Tensor) -> dict[str, to
     else:
         beside, targets = torch.zeros_like(scene["cell_mask"]), places
     error = nn.functional.smooth_l1_loss(points * sides, targets * sides, reduction="none", beta=0.1)
-    loss_x, loss_y = ((error * beside[..., None]).sum((0, 1)) / beside.sum().clamp(min=1)).unbind()
-    return {"loss_x": loss_x, "loss_y": loss_y}
+    loss_x, loss_y = (error * beside[..., None]).sum((0, 1)).unbind()
+    return {"loss_x": (loss_x, beside.sum()), "loss_y": (loss_y, beside.sum())}
 
 
-def count_loss(scene: CountingScene, objects: torch.Tensor) -> dict[str, torch.Tensor]:
+def count_loss(scene: CountingScene, objects: torch.Tensor) -> Sums:
     """`loss_count`: of logarithms, so that one object more or less counts for less among many."""
     number = (objects[..., 0] >= 0).sum(1).float()
-    return {
-        "loss_count": nn.functional.smooth_l1_loss(scene["count_estimate"].log1p(), number.log1p(), beta=0.1),
-    }
+    estimate = scene["count_estimate"].log1p()
+    error = nn.functional.smooth_l1_loss(estimate, number.log1p(), beta=0.1, reduction="sum")
+    return {"loss_count": (error, len(number))}
 
 
 __all__ = ["VISITED", "count_loss", "done_and_where_losses", "location_losses", "nearest_cell", "offsets_between"]

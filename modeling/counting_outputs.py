@@ -16,6 +16,7 @@ class SequentialAttentionCountingOutput(ModelOutput):
             left, mean over the steps where any is.
         loss_x, loss_y: smooth L1 distance of the points of cells at objects from them, in cells.
         loss_count: smooth L1 distance of the logarithms of 1 + `count_estimate` and 1 + the true number.
+        num_items: how many steps, cells or rows each part of the loss is a mean over, by its name.
         pointer_logits: scores of the cells, less what is counted, `(rows, steps, cells)`.
         done_logits: log-odds of "no more", `(rows, steps)`.
         x, y: where the next object is, in [0, 1], `(rows, steps)`.
@@ -34,6 +35,7 @@ class SequentialAttentionCountingOutput(ModelOutput):
     loss_x: torch.Tensor | None = None
     loss_y: torch.Tensor | None = None
     loss_count: torch.Tensor | None = None
+    num_items: dict[str, torch.Tensor] | None = None
     pointer_logits: torch.Tensor | None = None
     done_logits: torch.Tensor | None = None
     x: torch.Tensor | None = None

@@ -25,6 +25,7 @@ from regard.modeling.attention import Attention
 from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder
 from regard.modeling.layers import SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
+from regard.modeling.losses import WeightedLosses
 
 OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
 
@@ -40,6 +41,7 @@ class ImageTextSlotOutput(ModelOutput):
         loss_lines: smooth L1 loss of the line positions, in cell heights.
         loss_characters: cross-entropy of the characters named in their cells.
         loss_look: negative log of the mean attention of each slot on its character's cell.
+        num_items: how many tokens, images, characters or cells each part of the loss is a mean over, by its name.
         logits: `(batch, slots, vocab_size)`.
         count_pred: expected number of tokens, start and end included, `(batch, 1)`.
         occupancy: expected number of characters in each cell, `(batch, cells)`; None with a pooled counter.
@@ -55,6 +57,7 @@ class ImageTextSlotOutput(ModelOutput):
     loss_lines: torch.Tensor | None = None
     loss_characters: torch.Tensor | None = None
     loss_look: torch.Tensor | None = None
+    num_items: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
     count_pred: torch.Tensor | None = None
     occupancy: torch.Tensor | None = None
@@ -110,7 +113,7 @@ class SlotDecoderLayer(GradientCheckpointingLayer):
         return slots + self.mlp(self.mlp_norm(slots)), weights
 
 
-class ImageTextSlotPreTrainedModel(PreTrainedModel):
+class ImageTextSlotPreTrainedModel(WeightedLosses, PreTrainedModel):
     config: ImageTextSlotConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -296,7 +299,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         columns, window = self.config.num_slots if labels is None else labels.shape[1], self.config.training_slots
         if not self.training or window is None or window >= columns:
             return range(columns)
-        start = random.randrange(columns - window + 1)
+        filled = columns if labels is None else int(labels.ge(0).any(0).sum())
+        start = random.randrange(max(filled - window, 0) + 1)
         return range(start, start + window)
 
     def _cell_targets(
@@ -356,40 +360,50 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
 
     def _losses(
         self, logits, window, count_pred, labels, attention_mask, memory, cells, targets, weights
-    ) -> dict[str, torch.Tensor]:
-        config, counter = self.config, self.config.counter_config
-        losses = {"loss_ce": self._slot_loss(logits, labels, window)}
+    ) -> dict[str, Any]:
+        counter = self.config.counter_config
         count = attention_mask.sum(1, keepdim=True).to(count_pred.dtype)
         scale = count.sqrt() if counter.normalize_loss else 1.0
-        losses["loss_count"] = nn.functional.huber_loss(count_pred / scale, count / scale)
-        loss = losses["loss_ce"] + counter.loss_weight * losses["loss_count"]
+        error = nn.functional.huber_loss(count_pred / scale, count / scale, reduction="sum")
+        sums: dict[str, Any] = {
+            "loss_ce": self._slot_loss(logits, labels, window),
+            "loss_count": (error, len(count)),
+        }
         if targets is not None:
             counts, known = targets["counts"], targets["known"]
             occupied = counts > 0
-            characters = counts.sum().clamp(min=1)
             wrong = nn.functional.binary_cross_entropy_with_logits(cells.logits, targets["frames"], reduction="none")
-            losses["loss_cells"] = (wrong.sum((1, 2)) * known).sum() / characters
+            sums["loss_cells"] = (wrong.sum((1, 2)) * known).sum(), counts.sum()
             lines = nn.functional.smooth_l1_loss(cells.line_offset, targets["lines"], reduction="none")
-            losses["loss_lines"] = (lines * occupied).sum() / occupied.sum().clamp(min=1)
-            loss = loss + config.cell_loss_weight * losses["loss_cells"]
-            loss = loss + config.line_loss_weight * losses["loss_lines"]
-            if config.character_loss_weight:
+            sums["loss_lines"] = (lines * occupied).sum(), occupied.sum()
+            if self.config.character_loss_weight:
                 single = targets["characters"] != -100
                 named = self.classifier(self.slot_norm(self.memory_proj(memory[single]))).float()
                 cross_entropy = nn.functional.cross_entropy(named, targets["characters"][single], reduction="sum")
-                losses["loss_characters"] = cross_entropy / single.sum().clamp(min=1)
-                loss = loss + config.character_loss_weight * losses["loss_characters"]
+                sums["loss_characters"] = cross_entropy, single.sum()
             if weights is not None:
                 cell = targets["cell"][:, window.start : window.stop]
                 placed = cell >= 0
                 look = weights.mean(1).gather(2, cell.clamp(min=0)[..., None]).squeeze(-1)  # (batch, slots)
-                look = -(look.float().clamp(min=1e-6).log() * placed).sum() / placed.sum().clamp(min=1)
-                losses["loss_look"] = look
-                loss = loss + config.look_loss_weight * look
-        return {"loss": loss, **losses}
+                sums["loss_look"] = -(look.float().clamp(min=1e-6).log() * placed).sum(), placed.sum()
+        return self.average(sums)
 
-    def _slot_loss(self, logits: torch.Tensor, labels: torch.Tensor, window: range) -> torch.Tensor:
-        """Cross-entropy of the real tokens; the first slots after the end count a little, as padding."""
+    def loss_weights(self) -> dict[str, float]:
+        config = self.config
+        return {
+            "loss_ce": 1.0,
+            "loss_count": config.counter_config.loss_weight,
+            "loss_cells": config.cell_loss_weight,
+            "loss_lines": config.line_loss_weight,
+            "loss_characters": config.character_loss_weight,
+            "loss_look": config.look_loss_weight,
+        }
+
+    def _slot_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, window: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of the real tokens, and their number; the first slots after the end count a little, as
+        padding."""
         config = self.config
         ended = (labels < 0).cumsum(1)[:, window.start : window.stop]
         labels = labels[:, window.start : window.stop]
@@ -402,7 +416,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             reduction="none",
             label_smoothing=config.label_smoothing,
         )
-        return (loss * weight.flatten()).sum() / weight.sum().clamp(min=1)
+        return (loss * weight.flatten()).sum(), weight.sum()
 
     @torch.no_grad()
     def read(self, pixel_values: torch.Tensor, max_slots: int | None = None) -> ImageTextSlotReading:
@@ -444,8 +458,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
             count_pred = gaze[2]
         length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
-        margin = config.slot_config.mixing_radius * config.slot_config.num_decoder_steps
-        num_slots = (length.max() + 2 + margin).clamp(max=config.num_slots).item()  # a symbol when exported
+        num_slots = length.max() + 2 + config.slot_config.reach
+        num_slots = num_slots.clamp(max=config.num_slots).item()  # a symbol when exported
         logits, weights = self._decode(memory, grid, slice(0, num_slots), gaze, need_weights=True)
         scores, tokens = logits.float().softmax(-1).max(-1)
         boxes = self._regions(weights.float().mean(1), *grid)

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
 from regard.modeling.layers import sinusoidal_positions_2d
+from regard.modeling.losses import WeightedLosses
 from regard.modeling.query_conditioned_layers import (
     AnswerHead,
     EvidenceGate,
@@ -40,6 +41,7 @@ class QueryConditionedVQAOutput(ModelOutput):
         loss_answer: cross-entropy, or binary cross-entropy summed over the answers, of the questions' mean.
         loss_relevance: divergence (KL) of relevance from its target, mean over the targets that are known; given
             `relevance_targets`.
+        num_items: how many questions each part of the loss is a mean over, by its name.
         logits: `(questions, num_labels)`.
         relevance: where each layer looked, `(questions, num_layers, patches)`; sums to 1 over the patches.
         word_attention: the words by which each layer chose, `(questions, num_layers, words)`; likewise.
@@ -52,6 +54,7 @@ class QueryConditionedVQAOutput(ModelOutput):
     loss: torch.Tensor | None = None
     loss_answer: torch.Tensor | None = None
     loss_relevance: torch.Tensor | None = None
+    num_items: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
     relevance: torch.Tensor | None = None
     word_attention: torch.Tensor | None = None
@@ -100,7 +103,7 @@ def load_encoder(source: str) -> PreTrainedModel:
     return AutoModel.from_pretrained(source, **_without_pooling(config))
 
 
-class QueryConditionedVQAPreTrainedModel(PreTrainedModel):
+class QueryConditionedVQAPreTrainedModel(WeightedLosses, PreTrainedModel):
     config: QueryConditionedVQAConfig
     base_model_prefix = "vqa"
     main_input_name = "pixel_values"
@@ -312,7 +315,7 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
         relevance: torch.Tensor,
         labels: torch.Tensor | None,
         relevance_targets: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         if labels is None:
             return {}
         logits = logits.float()
@@ -320,19 +323,21 @@ class QueryConditionedVQAModel(QueryConditionedVQAPreTrainedModel):
             if labels.dim() == 1:
                 labels = nn.functional.one_hot(labels, logits.shape[1])
             wrong = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-            losses = {"loss_answer": wrong.sum(1).mean()}
+            wrong = wrong.sum()
         else:
             if labels.dim() == 2:
                 labels = labels / labels.sum(1, keepdim=True).clamp(min=1e-6)
-            losses = {"loss_answer": nn.functional.cross_entropy(logits, labels)}
-        loss = losses["loss_answer"]
+            wrong = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums: dict[str, Any] = {"loss_answer": (wrong, len(logits))}
         if relevance_targets is not None:
             taught = relevance[:, [0, -1]] if relevance_targets.dim() == 3 else relevance[:, -1]
             known = relevance_targets.sum(-1) > 0
             divergence = nn.functional.kl_div(taught.float().clamp(min=1e-8).log(), relevance_targets, reduction="none")
-            losses["loss_relevance"] = divergence.sum(-1).mul(known).sum() / known.sum().clamp(min=1)
-            loss = loss + self.config.relevance_loss_weight * losses["loss_relevance"]
-        return {"loss": loss, **losses}
+            sums["loss_relevance"] = divergence.sum(-1).mul(known).sum(), known.sum()
+        return self.average(sums)
+
+    def loss_weights(self) -> dict[str, float]:
+        return {"loss_answer": 1.0, "loss_relevance": self.config.relevance_loss_weight}
 
 
 __all__ = ["QueryConditionedVQAModel", "QueryConditionedVQAOutput", "QueryConditionedVQAPreTrainedModel"]

@@ -43,6 +43,7 @@ from regard.modeling.counting_outputs import (
     CountingScene,
     SequentialAttentionCountingOutput,
 )
+from regard.modeling.losses import WeightedLosses
 from regard.modeling.picture_patches import draw_marks, pictures_of
 
 # What published backbones call their parts, before and since transformers 4.52, with and without a language model head.
@@ -59,7 +60,7 @@ def cell_centres(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
 
-class SequentialAttentionCountingPreTrainedModel(PreTrainedModel):
+class SequentialAttentionCountingPreTrainedModel(WeightedLosses, PreTrainedModel):
     config: SequentialAttentionCountingConfig
     base_model_prefix = "counter"
     main_input_name = "pixel_values"
@@ -383,9 +384,8 @@ class SequentialAttentionCountingModel(CountingMixin, SequentialAttentionCountin
         self, scene: CountingScene, memory: CountingMemory, return_attention_maps: bool = False
     ) -> SequentialAttentionCountingOutput:
         """Where the next object is, for each row, and whether there is none: outputs with one step."""
-        counted, hidden = memory["counted"], memory["hidden"]
-        mask = torch.ones(counted.shape[0], 1, counted.shape[1], dtype=torch.bool, device=counted.device)
-        return self._point(scene, hidden[:, None], counted, mask, memory["suppression"][:, None], return_attention_maps)
+        states, suppression = memory["hidden"][:, None], memory["suppression"][:, None]
+        return self._point(scene, states, memory["counted"], None, suppression, return_attention_maps)
 
     def count_object(self, scene: CountingScene, memory: CountingMemory, cell_index: torch.Tensor) -> CountingMemory:
         """The memory after the objects that these cells point to, `(rows,)`, have been counted too."""
@@ -399,8 +399,7 @@ class SequentialAttentionCountingModel(CountingMixin, SequentialAttentionCountin
         if remembered is not None:
             counted = torch.cat((counted, remembered.to(counted.dtype)), dim=1)
         if self.look.memory is not None:
-            _, (hidden, cell) = self.look.memory.lstm(remembered, (hidden[None], cell[None]))
-            hidden, cell = hidden[0], cell[0]
+            hidden, cell = self.look.memory.remember(cast(torch.Tensor, remembered)[:, 0], hidden, cell)
         return CountingMemory(
             hidden=hidden,
             cell=cell,
@@ -414,7 +413,7 @@ class SequentialAttentionCountingModel(CountingMixin, SequentialAttentionCountin
         scene: CountingScene,
         states: torch.Tensor | None,
         counted: torch.Tensor | None,
-        counted_mask: torch.Tensor,
+        counted_mask: torch.Tensor | None,
         suppression: torch.Tensor,
         return_attention_maps: bool = False,
     ) -> SequentialAttentionCountingOutput:
@@ -520,23 +519,26 @@ class SequentialAttentionCountingModel(CountingMixin, SequentialAttentionCountin
         if objects is not None:
             if point_objects is None:
                 raise ValueError("objects need point_objects, which say which object each point is.")
-            losses = {
-                **done_and_where_losses(
+            losses = self.average(
+                done_and_where_losses(
                     scene, outputs, steps, suppression, counted_mask, objects, point_objects, done_log_odds
-                ),
-                **location_losses(scene, objects),
-                **count_loss(scene, objects),
-            }
-            config = self.config
-            outputs["loss"] = (
-                config.done_loss_weight * losses["loss_done"]
-                + config.where_loss_weight * losses["loss_where"]
-                + config.location_loss_weight * (losses["loss_x"] + losses["loss_y"])
-                + config.count_loss_weight * losses["loss_count"]
+                )
+                | location_losses(scene, objects)
+                | count_loss(scene, objects)
             )
             for name, value in losses.items():
                 outputs[name] = value
         return outputs
+
+    def loss_weights(self) -> dict[str, float]:
+        config = self.config
+        return {
+            "loss_done": config.done_loss_weight,
+            "loss_where": config.where_loss_weight,
+            "loss_x": config.location_loss_weight,
+            "loss_y": config.location_loss_weight,
+            "loss_count": config.count_loss_weight,
+        }
 
     def _states(self, counted: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Working memory at each step, `(rows, steps, hidden_size)`."""

@@ -50,6 +50,9 @@ class ProcessorPipeline(Pipeline):
             return super().__call__(_generator(inputs), **kwargs)
         raise TypeError(f"an image is a path, bytes, an address, a PIL image or an array, not {type(inputs).__name__}")
 
+    def get_inference_context(self):
+        return torch.inference_mode
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save model and processor into one folder, which `pipeline(task, model=folder)` loads.
 

@@ -117,12 +117,17 @@ def test_slot_loss_ignores_padding_but_for_the_first():
     labels = torch.tensor([[1, 7, 2, -100, -100, -100]])
     each = nn.functional.cross_entropy(logits[0], labels[0].clamp(min=0), reduction="none")
     expected = (each[:3].sum() + 0.5 * each[3:5].sum()) / 4
-    assert model._slot_loss(logits, labels, range(6)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def loss(logits: torch.Tensor, window: range) -> float:
+        total, number = model._slot_loss(logits, labels, window)
+        return (total / number).item()
+
+    assert loss(logits, range(6)) == pytest.approx(expected.item(), rel=1e-5)
     model.config.pad_slots = 0
-    assert model._slot_loss(logits, labels, range(6)).item() == pytest.approx(each[:3].mean().item(), rel=1e-5)
+    assert loss(logits, range(6)) == pytest.approx(each[:3].mean().item(), rel=1e-5)
     model.config.pad_slots = 2
-    part = model._slot_loss(logits[:, 2:5], labels, range(2, 5)).item()
-    assert part == pytest.approx(((each[2] + 0.5 * each[3:5].sum()) / 2).item(), rel=1e-5)
+    part = (each[2] + 0.5 * each[3:5].sum()) / 2
+    assert loss(logits[:, 2:5], range(2, 5)) == pytest.approx(part.item(), rel=1e-5)
 
 
 def test_training_may_compute_some_slots_only():
@@ -132,6 +137,8 @@ def test_training_may_compute_some_slots_only():
     assert model.train()(**inputs).logits.shape == (1, 3, 512)
     starts = {model._window(inputs["labels"]).start for _ in range(100)}
     assert starts == set(range(5))
+    padded = nn.functional.pad(inputs["labels"], (0, 9), value=-100)
+    assert {model._window(padded).start for _ in range(100)} == set(range(5))
     model.config.training_slots = 7
     assert model._window(inputs["labels"]) == range(7)
 

@@ -130,5 +130,4 @@ def test_an_evaluation_counts_each_sample_alike(tmp_path):
 
     first, second = losses(rows[:4]), losses(rows[4:])
     assert losses(rows) == pytest.approx([(4 * a + 3 * b) / 7 for a, b in zip(first, second, strict=True)])
-    stream = IterableDataset.from_generator(lambda: iter(rows))
-    assert losses(stream) == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert losses(IterableDataset.from_generator(lambda: iter(rows))) == pytest.approx(losses(rows))

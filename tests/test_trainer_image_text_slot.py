@@ -174,7 +174,21 @@ def test_a_window_of_slots_trains(tmp_path, training_slots):
     assert trainer.model.config.training_slots == training_slots
     inputs = trainer.data_collator([row("a word")])
     _, outputs = trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)
-    assert outputs.logits.shape[1] == (training_slots or len("a word") + 2)
+    margin = 4 + 2 * 2  # slots after the end learn to be empty, and those beyond are felt: two neighbours, twice
+    assert outputs.logits.shape[1] == (training_slots or len("a word") + 2 + margin)
+
+
+def test_padding_of_a_batch_changes_no_loss(tmp_path):
+    """So that texts learn alike, whichever process has the longest one."""
+    trainer = make_trainer(tmp_path)
+    rows = [row("it"), row("a longer text")]
+    model = trainer.model.eval()
+    alone, longer, both = (model(**trainer.data_collator(part)) for part in (rows[:1], rows[1:], rows))
+    for name, number in both.num_items.items():
+        parts = [(part[name] * part.num_items[name], part.num_items[name]) for part in (alone, longer)]
+        assert number.item() == pytest.approx(sum(count for _, count in parts).item()), name
+        torch.testing.assert_close(both[name] * number, sum(total for total, _ in parts), rtol=1e-4, atol=1e-5)
+    assert trainer.data_collator([row("x" * 62)])["labels"].shape[1] == 64  # the model has no more slots
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(0, 40), (5, 32)])

@@ -174,6 +174,17 @@ def test_the_alternating_mode_asks_one_thing_of_a_batch():
 # Training.
 
 
+@pytest.mark.parametrize("mode", ["trajectory", "alternating"])
+def test_where_nothing_is_to_be_counted_every_parameter_has_a_gradient(tmp_path, mode):
+    """Otherwise a process with such a batch makes the others wait for ever."""
+    trainer = make_trainer(tmp_path, mode=mode)
+    rows = [row | {"points": [], "others_names": [], "others_points": []} for row in make_rows(2)]
+    inputs = trainer.data_collator(rows)
+    assert inputs["objects"].shape == (4, 1, 2)
+    trainer.compute_loss(trainer.model.train(), inputs).backward()
+    assert [name for name, parameter in trainer.model.named_parameters() if parameter.grad is None] == []
+
+
 def test_it_learns_to_count_and_to_point(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=60, learning_rate=1e-2, backbone_learning_rate=1e-2)
     trainer.eval_dataset = trainer.train_dataset

@@ -1,13 +1,13 @@
 """What the trainers of all models share: which parameters learn how, and a log of each part of the loss."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import find_batch_size, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
@@ -81,18 +81,17 @@ class MuonWithOptimizer(torch.optim.Optimizer):
         return loss
 
 
-def sum_and_number(value: torch.Tensor) -> torch.Tensor:
-    """A scalar and a one, `(2,)`: what means over processes are added up from."""
-    return torch.stack((value.float(), torch.ones_like(value, dtype=torch.float32)))
-
-
 def own_name(name: str) -> str:
     """What a model itself calls a parameter or module that peft has wrapped."""
     return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
 
 
 class RegardTrainer(CheckpointTrainer):
-    """`CheckpointTrainer` that decays matrices only and logs the mean of every output field named `loss_*`.
+    """`CheckpointTrainer` that decays matrices only, logs each part of the loss, and learns alike in many processes.
+
+    A model's output has, beside `loss` and its parts, `num_items`: how many tokens, objects or rows each part is a mean
+    over. By these numbers processes share the means of all; and the model's `total_loss` makes one loss of them. A
+    model whose output has no `num_items` has a loss that is a mean over the rows of a batch, as many in each process.
 
     The stock trainer decays everything that is not a bias or in a norm: learned tokens and LayerScale too. A model
     names its learned tokens in `no_weight_decay`, and in `backbone_modules` the encoders that may have a learning rate
@@ -117,7 +116,7 @@ class RegardTrainer(CheckpointTrainer):
         if self.args.train_sampling_strategy in ("random", "sequential"):
             set_seed(self.args.seed + self.args.process_index)
         self._parts: dict[str, torch.Tensor] = {}  # sums and numbers since the last log
-        self._evaluated: list[dict[str, torch.Tensor]] = []  # losses of each batch of an evaluation
+        self._evaluated: list[dict[str, torch.Tensor]] = []  # likewise, of each batch of an evaluation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters under weight decay: matrices and kernels that are not learned tokens."""
@@ -178,13 +177,36 @@ class RegardTrainer(CheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
-        if model.training:
-            for name, value in parts.items():
-                self._parts[name] = self._parts.get(name, 0) + sum_and_number(value)
+        if (numbers := outputs.get("num_items")) is None:
+            rows = torch.tensor(find_batch_size(inputs), dtype=torch.float32, device=loss.device)
+            numbers, losses = {"loss": rows}, {"loss": loss}
         else:
-            self._evaluated.append({"loss": loss.detach(), **parts})
+            losses = {name: outputs[name] for name in numbers}
+        sums = {name: torch.stack((value.detach() * numbers[name], numbers[name])) for name, value in losses.items()}
+        if model.training:
+            for name in sums.keys() - {"loss"}:
+                self._parts[name] = self._parts.get(name, 0) + sums[name]
+            shares = self._shares(outputs, numbers)
+            loss = self.total_loss({name: value * shares.get(name, 1.0) for name, value in losses.items()})
+        else:
+            self._evaluated.append(sums)
         return (loss, outputs) if return_outputs else loss
+
+    def total_loss(self, losses: Mapping[str, Any]) -> Any:
+        """What is learned from: the loss made of its parts, each a mean, by their weights in the model."""
+        return losses["loss"] if "loss" in losses else self.accelerator.unwrap_model(self.model).total_loss(losses)
+
+    def _shares(self, outputs: Any, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By the name of a loss, how much it is of that over all processes, whose mean is taken: 1 where each has as
+        many tokens, objects or rows as the others, 0 where it has none."""
+        if self.args.world_size == 1:
+            return {}
+        # All that there may be, in one order: some processes may lack one, for no box was in their images.
+        names = [field.name for field in fields(outputs) if field.name.startswith("loss")]
+        none = torch.zeros((), device=self.args.device)
+        own = torch.stack([numbers.get(name, none) for name in names])
+        mean: Any = self.accelerator.reduce(own, "mean")
+        return dict(zip(names, own / mean.clamp(min=torch.finfo(own.dtype).tiny), strict=True))
 
     def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
         if self.is_world_process_zero():
@@ -196,37 +218,38 @@ class RegardTrainer(CheckpointTrainer):
         return self._means(parts)
 
     def _mean_losses(self, dataloader: Any) -> dict[str, float]:
-        """Means over the samples of the evaluation that has just ended; of a stream, over its batches.
+        """Means over all that the evaluation that has just ended has seen.
 
         Where samples do not fill the last batches of all processes, others do: these processes look again, at what is
-        left alone.
+        left alone. Of a stream they do not.
         """
-        weights: Any = [1] * len(self._evaluated)
         if not isinstance(dataloader.dataset, IterableDataset):
             size, processes = self.args.eval_batch_size, self.args.world_size
-            batches, rest = divmod(len(dataloader.dataset), size * processes)
-            weights = [size] * batches + [rest]
+            rest = len(dataloader.dataset) % (size * processes)
             if rest and processes > 1:
                 before = self.args.process_index * size
                 own = max(0, min(rest - before, size))
                 first = len(dataloader.dataset) - rest + before if own else 0
                 rows = [dataloader.dataset[row] for row in range(first, first + max(own, 1))]
                 network: Any = self.model
+                self._evaluated.pop()
                 self.prediction_step(network, dataloader.collate_fn(rows), True)
-                weights = [size] * batches + [0, own]
+                if not own:
+                    self._evaluated.pop()
         sums: dict[str, torch.Tensor] = {}
-        for losses, weight in zip(self._evaluated, weights, strict=False):
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + weight * sum_and_number(value)
+        for batch in self._evaluated:
+            for name, value in batch.items():
+                sums[name] = sums.get(name, 0) + value
         self._evaluated.clear()
-        return self._means(sums)
+        means = self._means(sums)
+        return {"loss": self.total_loss(means), **means}
 
     def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sums by numbers, over all processes, some of which may lack a loss: no box was in their images."""
         nothing = torch.zeros(2, device=self.args.device)
         names = dict.fromkeys(gather_object(list(sums)))
         totals = {name: self.accelerator.gather(sums.get(name, nothing)[None]).sum(0) for name in names}
-        return {name: (total / number).item() for name, (total, number) in totals.items()}
+        return {name: (total / number).item() for name, (total, number) in totals.items() if number}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers.trainer_utils import EvalPrediction
 
 from regard.metrics.text_recognition.text_recognition import score_texts
@@ -62,18 +63,31 @@ class SlotTrainingArguments(RegardTrainingArguments):
 
 
 class SlotCollator:
-    """Rows `{"pixel_values": image, "text": str, "boxes": ...}` to the inputs of `ImageTextSlotModel.forward`."""
+    """Rows `{"pixel_values": image, "text": str, "boxes": ...}` to the inputs of `ImageTextSlotModel.forward`.
 
-    def __init__(self, processor: ImageTextSlotProcessor):
+    Args:
+        processor: prepares images and texts.
+        margin: slots after the end of the longest text, so that it is read as the others are.
+        num_slots: most slots; as many as the tokenizer allows, if None.
+    """
+
+    def __init__(self, processor: ImageTextSlotProcessor, margin: int = 0, num_slots: int | None = None):
         self.processor = processor
+        self.margin = margin
+        self.num_slots = num_slots or processor.tokenizer.model_max_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return self.processor(
+        inputs = self.processor(
             images=[row["pixel_values"] for row in rows],
             text=[row["text"] for row in rows],
             boxes=[row.get("boxes") for row in rows],
             return_tensors="pt",
         ).data
+        margin = max(0, min(self.margin, self.num_slots - inputs["labels"].shape[1]))
+        for name, padding in (("labels", -100), ("attention_mask", 0)):
+            inputs[name] = pad(inputs[name], (0, margin), value=padding)
+        inputs["character_positions"] = pad(inputs["character_positions"], (0, 0, 0, margin), value=-1.0)
+        return inputs
 
 
 def augment(
@@ -130,7 +144,8 @@ class SlotTrainer(RegardTrainer):
     processing_class: ImageTextSlotProcessor
 
     def __init__(self, model, args: SlotTrainingArguments, processing_class: ImageTextSlotProcessor, **kwargs):
-        kwargs.setdefault("data_collator", SlotCollator(processing_class))
+        margin = model.config.pad_slots + model.config.slot_config.reach
+        kwargs.setdefault("data_collator", SlotCollator(processing_class, margin, model.config.num_slots))
         kwargs.setdefault("compute_metrics", self.score)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         if not self.is_fsdp_enabled:  # which takes contiguous weights only

@@ -88,6 +88,14 @@ class CountTrainingArguments(RegardTrainingArguments):
             raise ValueError(f"steps_per_image must be at least 2, not {self.steps_per_image}")
 
 
+def pad_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors `(length, ...)` as one `(rows, length, ...)`, filled up with -1, at least one long: memory is called even
+    where nothing is to be counted, for DDP waits for the gradient of every parameter in every process."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-1)
+    missing = max(1 - padded.shape[1], 0)
+    return torch.cat((padded, padded.new_full((len(padded), missing, *padded.shape[2:]), -1)), dim=1)
+
+
 class CountCollator:
     """Rows of `regard.data` to the inputs of `SequentialAttentionCountingModel.forward`.
 
@@ -113,7 +121,7 @@ class CountCollator:
                 index.append(number)
                 objects.append(torch.tensor(points, dtype=torch.float32).reshape(-1, 2) / torch.tensor(image.size))
         inputs = self.processor(images=images, text=names, image_index=index, return_tensors="pt").data
-        inputs["objects"] = torch.nn.utils.rnn.pad_sequence(objects, batch_first=True, padding_value=-1.0)
+        inputs["objects"] = pad_rows(objects)
         return inputs
 
     def questions(self, row: Mapping[str, Any]) -> list[tuple[str, Sequence[Sequence[float]]]]:
@@ -165,11 +173,10 @@ def draw_trajectories(
             chosen = torch.tensor([int(torch.randint(counted, ())) if counted else 0])
             log_odds.append(0.0)
         steps.append(chosen)
-    pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "points": pad(points, batch_first=True, padding_value=-1.0),
-        "point_objects": pad(owners, batch_first=True, padding_value=-1).to(objects.device),
-        "steps": pad(steps, batch_first=True, padding_value=-1).to(objects.device),
+        "points": pad_rows(points),
+        "point_objects": pad_rows(owners).to(objects.device),
+        "steps": pad_rows(steps).to(objects.device),
         "done_log_odds": torch.tensor(log_odds, device=objects.device),
     }
 
@@ -200,8 +207,12 @@ class AlternatingCountTrainer(RegardTrainer):
         finally:
             self.data_collator = collator
 
+    @property
+    def asks_done(self) -> bool:
+        """Of the alternating mode: whether this step asks "done?", or "where?"."""
+        return self.state.global_step % 2 == 0
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ask_done = self.state.global_step % 2 == 0
         if model.training:
             inputs = inputs | draw_trajectories(
                 inputs["objects"],
@@ -209,20 +220,16 @@ class AlternatingCountTrainer(RegardTrainer):
                 self.args.steps_per_image,
                 self.args.point_jitter,
                 self.args.double_points,
-                ask_done,
+                self.asks_done,
             )
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.args.mode == "alternating":
-            loss = self._alternating_loss(outputs, ask_done)
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _alternating_loss(self, outputs: Any, ask_done: bool) -> torch.Tensor:
-        config = self.accelerator.unwrap_model(self.model).config
-        done = config.done_loss_weight * outputs.loss_done + config.count_loss_weight * outputs.loss_count
-        where = config.where_loss_weight * outputs.loss_where
-        where = where + config.location_loss_weight * (outputs.loss_x + outputs.loss_y)
-        asked, other = (done, where) if ask_done else (where, done)
-        return asked + 0.0 * other  # so that every parameter has a gradient, as DDP expects
+    def total_loss(self, losses):
+        if self.model.training and self.args.mode == "alternating":
+            asked = ("loss_done", "loss_count") if self.asks_done else ("loss_where", "loss_x", "loss_y")
+            # So that every parameter has a gradient, as DDP expects.
+            losses = {name: value if name in asked else 0.0 * value for name, value in losses.items()}
+        return super().total_loss(losses)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss; points found `(rows, points, 2)`, estimates `(rows,)`, "no more" at each true step `(rows, steps)`; and

@@ -335,28 +335,12 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
-class LSTMStep(nn.LSTMCell):
-    """One step of an LSTM, called as the LSTM is, which would be exported as a loop over its one step."""
-
-    def __init__(self, lstm: nn.LSTM):
-        super().__init__(lstm.input_size, lstm.hidden_size)
-        self.load_state_dict({name.removesuffix("_l0"): value for name, value in lstm.state_dict().items()})
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        hidden, cell = super().forward(inputs[:, 0], (state[0][0], state[1][0]))
-        return hidden[:, None], (hidden[None], cell[None])
-
-
 class Counter(nn.Module):
     """A step of SequentialAttentionCounting, and its memory when that object has been counted."""
 
     def __init__(self, model: SequentialAttentionCountingModel):
         super().__init__()
         self.model = model
-        if model.look.memory is not None:
-            model.look.memory.lstm = LSTMStep(model.look.memory.lstm)
 
     def forward(
         self,
