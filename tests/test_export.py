@@ -197,6 +197,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
         "vqa": qavit
         | {
             "configuration_query_conditioned_vqa.py",
+            "losses.py",
             "modeling_query_conditioned_vqa.py",
             "processing_query_conditioned_vqa.py",
             "processor_pipeline.py",
@@ -208,6 +209,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
             "image_processing_image_text_slot.py",
             "image_text_slot_counter.py",
             "image_text_slot_encoder.py",
+            "losses.py",
             "modeling_image_text_slot.py",
             "processing_image_text_slot.py",
             "processor_pipeline.py",
@@ -220,6 +222,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
             "counting_loop.py",
             "counting_losses.py",
             "counting_outputs.py",
+            "losses.py",
             "modeling_sequential_attention_counting.py",
             "object_counting.py",
             "picture_patches.py",

@@ -111,6 +111,16 @@ def test_muon_follows_the_scheduler_and_goes_on_from_its_state(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+def test_rates_under_muon_fall_to_their_share_of_the_least_one(tmp_path):
+    kwargs = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    trainer = make_trainer(tmp_path, muon_learning_rate=4e-3, **kwargs)
+    scheduler = trainer.create_scheduler(2, trainer.create_optimizer())
+    for _ in range(2):
+        trainer.optimizer.step()
+        scheduler.step()
+    assert sorted({round(rate, 9) for rate in scheduler.get_last_lr()}) == [1e-4, 4e-4]
+
+
 def test_evaluation_leaves_nothing_out(tmp_path):
     trainer = make_trainer(
         tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=3, remove_unused_columns=False

@@ -68,7 +68,8 @@ class MuonWithOptimizer(torch.optim.Optimizer):
         others = [group for group in groups if not group["use_muon"]]
         self.muon = torch.optim.Muon(under_muon, lr=learning_rate, adjust_lr_fn="match_rms_adamw")
         self.other = make_other(others)
-        super().__init__(self.muon.param_groups + self.other.param_groups, {})
+        # Schedulers to a least rate look for the rate that it is a share of.
+        super().__init__(self.muon.param_groups + self.other.param_groups, {"lr": self.other.defaults["lr"]})
 
     @torch.no_grad()
     def step(self, closure=None):
