@@ -18,6 +18,8 @@ from regard.data.rendered_text import (
     TRAINING_TIERS,
     RenderedTextDataset,
     _Face,
+    _fit,
+    _SetApart,
     _turn,
 )
 
@@ -86,19 +88,56 @@ def test_pages_are_full(tier, like, fonts):
     assert np.median(heights) > (0.6 if tier == "noisy_page" else 0.75) * IMAGE_SIZE
 
 
+def is_plain(sample) -> bool:
+    border = np.asarray(sample["pixel_values"])[[0, -1]]
+    return border.min() == border.max()
+
+
+def assert_boxes_hold_their_characters(sample):
+    pixels = np.asarray(sample["pixel_values"], np.int16)
+    ink = abs(pixels - np.bincount(pixels.ravel()).argmax()) > 20
+    seen = np.zeros_like(ink)
+    for character, (x0, y0, x1, y1) in zip(sample["text"], sample["boxes"], strict=True):
+        if character not in " \n":
+            x0, y0, x1, y1 = int(x0), int(y0), math.ceil(x1), math.ceil(y1)
+            assert ink[y0:y1, x0:x1].any(), character
+            seen[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = True
+    assert not (ink & ~seen).any()
+
+
 @pytest.mark.parametrize("tier", ["line", "block", "dense"])
 def test_each_box_holds_its_character(tier, fonts):
     """Ink in every box of a character that has any, and none farther than a pixel from such a box."""
     for sample in samples(8, "test", tier, seed=1, **fonts):
-        pixels = np.asarray(sample["pixel_values"], np.int16)
-        ink = abs(pixels - np.bincount(pixels.ravel()).argmax()) > 20
-        seen = np.zeros_like(ink)
-        for character, (x0, y0, x1, y1) in zip(sample["text"], sample["boxes"], strict=True):
-            if character not in " \n":
-                x0, y0, x1, y1 = int(x0), int(y0), math.ceil(x1), math.ceil(y1)
-                assert ink[y0:y1, x0:x1].any(), character
-                seen[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = True
-        assert not (ink & ~seen).any()
+        assert_boxes_hold_their_characters(sample)
+
+
+@pytest.mark.parametrize("set_apart", [_SetApart(-0.04, 0.6), _SetApart(0.12, 1.8)])
+def test_letters_and_spaces_are_widened(set_apart, fonts):
+    font = str(fonts["fonts_dirs"][0] / "test.ttf")
+    plain = _Face(font, 20).pens("ab cd")
+    spaced = _Face(font, 20).pens("ab cd", set_apart)
+    widths, plain_widths = np.diff(spaced), np.diff(plain)
+    assert widths[[0, 1, 3, 4]] == pytest.approx(plain_widths[[0, 1, 3, 4]] + 20 * set_apart.letter)
+    assert widths[2] == pytest.approx(plain_widths[2] * set_apart.space)
+
+
+def test_training_images_are_set_closer_or_further_apart(fonts, monkeypatch):
+    drawn = []
+
+    def fit(*arguments):
+        drawn.append(arguments[-1])
+        return _fit(*arguments)
+
+    monkeypatch.setattr("regard.data.rendered_text._fit", fit)
+    for sample in samples(100, "train", "line", **fonts):
+        if drawn[-1] is not None and is_plain(sample):
+            assert_boxes_hold_their_characters(sample)
+    assert 15 < sum(one is not None for one in drawn) < 45
+    drawn.clear()
+    for split, tier in (("test", "line"), ("train", "noisy"), ("train", "dense")):
+        list(samples(20, split, tier, **fonts))
+    assert set(drawn) == {None}
 
 
 def test_boxes_follow_the_pen_with_kerning_and_share_a_line_s_height(fonts):
@@ -189,12 +228,8 @@ def test_half_of_the_images_are_light_on_dark_and_all_have_contrast(fonts):
 
 
 def test_only_training_images_are_degraded_in_clean_tiers(fonts):
-    def plain(sample):
-        border = np.asarray(sample["pixel_values"])[[0, -1]]
-        return border.min() == border.max()
-
-    assert all(plain(sample) for sample in samples(60, "test", "block", **fonts))
-    assert 0.5 < np.mean([plain(sample) for sample in samples(100, "train", "block", **fonts)]) < 0.95
+    assert all(is_plain(sample) for sample in samples(60, "test", "block", **fonts))
+    assert 0.5 < np.mean([is_plain(sample) for sample in samples(100, "train", "block", **fonts)]) < 0.95
 
 
 def test_streams_the_same_samples_in_any_number_of_shards(fonts):
