@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict bench-resume bench-onnx train-read train-classify train-ask train-count fonts clean
+.PHONY: help install demo test check format bench-read bench-classify bench-ask bench-count bench-predict bench-resume bench-onnx train-read train-classify train-ask train-count fonts web-fonts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ fonts: ## install the fonts that training and evaluation draw with (Debian, as r
 	  echo "  sudo apt-get update && xargs sudo apt-get install -y --no-install-recommends < data/apt-packages.txt"; \
 	  exit 1; \
 	fi
+
+web-fonts: $(VENV)/.installed-dev ## fetch the web fonts that ImageTextSlot is trained with, besides Debian's
+	$(BIN)/python -m regard.data.web_fonts
 
 clean: ## remove .venv, demo/ and what builds and tests leave behind
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache src/*.egg-info

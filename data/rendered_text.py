@@ -6,7 +6,8 @@ no sentence stands in two splits: fonts are divided by `rendered_text_fonts.json
 design together), sentences and words by a hash.
 
 Fonts and word lists come from Debian packages:
-`xargs apt-get install -y --no-install-recommends < data/apt-packages.txt`.
+`xargs apt-get install -y --no-install-recommends < data/apt-packages.txt`. Two thirds of the fonts to train with are
+web fonts: `python -m regard.data.web_fonts`.
 """
 
 import functools
@@ -104,7 +105,8 @@ class RenderedTextDataset(Dataset):
         group_size: this many samples in a row are of one tier, so that a batch has texts of like lengths.
         fonts_dirs: folders searched (with their subfolders) for the split's fonts; default: the system's folders, and
             those in the environment variable REGARD_FONTS_DIR.
-        fonts_table: JSON list of `{"family", "split", "package", "files"}`; default: `rendered_text_fonts.json`.
+        fonts_table: JSON list of `{"family", "split", "package", "files"}`, and `"integrity"` where the package is
+            npm's; default: `rendered_text_fonts.json`.
 
     Raises:
         ValueError: a split, tier, weight or step is wrong.
@@ -311,7 +313,7 @@ def _find_fonts(split: str, fonts_dirs: tuple[str, ...], fonts_table: str) -> tu
     families = [tuple(found[name] for name in row["files"] if name in found) for row in table]
     families = tuple(family for family in families if family)
     if not families:
-        packages = " ".join(sorted({row["package"] for row in table}))
+        packages = " ".join(sorted({row["package"] for row in table if "integrity" not in row}))
         raise FileNotFoundError(
             f"no font of the {split} split is in {', '.join(fonts_dirs)}. Install some (`apt-get install "
             f"--no-install-recommends {packages}`), or name folders that have them in fonts_dirs or REGARD_FONTS_DIR"
