@@ -284,3 +284,12 @@ def test_needs_processor_and_a_model_that_counts(tiny_counter):
     vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     with pytest.raises(ValueError, match="ViTModel does not count"):
         ObjectCountingPipeline(model=vit, processor=AutoProcessor.from_pretrained(tiny_counter))
+
+
+def test_a_model_learns_on_after_its_pipeline_has_used_it(tiny_counter, images):
+    """The pipeline computes in inference mode, whose tensors no gradient may pass."""
+    counter = load_counter(tiny_counter)
+    counter(image=images[0], category=CATEGORIES[0])
+    inputs = counter.processor(images=images[:1], text=CATEGORIES[:1], return_tensors="pt")
+    point, owner = torch.full((1, 1, 2), 0.5), torch.zeros(1, 1, dtype=torch.long)
+    counter.model.train()(**inputs, points=point, objects=point, point_objects=owner).loss.backward()

@@ -191,3 +191,11 @@ def test_needs_processor_and_reader(folder):
     classifier = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     with pytest.raises(ValueError, match="ViTModel has no read method"):
         TextRecognitionPipeline(model=classifier, processor=AutoProcessor.from_pretrained(folder))
+
+
+def test_a_model_learns_on_after_its_pipeline_has_used_it(folder, images):
+    """The pipeline computes in inference mode, whose tensors no gradient may pass."""
+    reader = load_reader(folder)
+    reader(images[0])
+    inputs = reader.processor(images=images[:1], text=["word"], return_tensors="pt")
+    reader.model.train()(**inputs).loss.backward()

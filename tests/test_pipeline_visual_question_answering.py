@@ -225,3 +225,12 @@ def test_needs_processor_and_a_model_that_answers(tiny_vqa):
     vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     with pytest.raises(ValueError, match="ViTModel answers no questions"):
         VisualQuestionAnsweringPipeline(model=vit, processor=AutoProcessor.from_pretrained(tiny_vqa))
+
+
+def test_a_model_learns_on_after_its_pipeline_has_used_it(tiny_vqa, images):
+    """The pipeline computes in inference mode, whose tensors no gradient may pass."""
+    ask = load_asker(tiny_vqa)
+    ask(image=images[0], question=QUESTIONS[0])
+    assert ask.processor is not None
+    inputs = ask.processor(images=images[:1], text=QUESTIONS[:1], return_tensors="pt")
+    ask.model.train()(**inputs, labels=torch.tensor([0])).loss.backward()
