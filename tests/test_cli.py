@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import regard
@@ -262,6 +263,21 @@ sys.exit(regard_cli.main([read, *[image] * 600, *rest]))
     assert "not enough memory for 600 images at a time; going on with 300" in done.stderr
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("one.png") == 1 + 600
+
+
+@pytest.mark.parametrize("flags", [[], ["--bf16"]])
+def test_it_reads_in_either_precision(root, flags, capsys, monkeypatch):
+    precisions = []
+    run = Reader.run_batch
+
+    def run_batch(self, batch):
+        precisions.append(next(self.model.parameters()).dtype)
+        return run(self, batch)
+
+    monkeypatch.setattr(Reader, "run_batch", run_batch)
+    assert main(["read", str(root / "samples/line.png"), "--device", "cpu", *flags]) == 0
+    assert capsys.readouterr().out == "big they felt compelled\n"
+    assert precisions == [torch.bfloat16 if flags else torch.float32]
 
 
 def test_a_closed_pipe_ends_quietly(tiny_checkpoint, folder):

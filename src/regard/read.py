@@ -13,19 +13,22 @@ from regard.visualize import draw_reading
 
 def run(options: argparse.Namespace) -> int:
     """Run `regard read` and return its exit code."""
-    return run_on_images(options, lambda: Reader(options.model, options.device, options.threads, options.batch_size))
+    settings = (options.model, options.device, options.threads, options.batch_size, options.bf16)
+    return run_on_images(options, lambda: Reader(*settings))
 
 
 class Reader(Worker):
-    """A model that reads text; see `Worker`."""
+    """A model that reads text; see `Worker`. `bf16`: it computes in bfloat16."""
 
     verb = "read"
     columns = ("text", "score")
 
-    def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int):
+    def __init__(self, model: str | None, device: str | None, threads: int | None, batch_size: int, bf16: bool = False):
         super().__init__(model, device, threads, batch_size)
         if not callable(getattr(self.model, "read", None)):
             raise CheckpointError(f"{model}: a {self.model.config.model_type} model does not read text; name another")
+        if bf16:
+            self.model.to(dtype=torch.bfloat16)
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """An image as pixel values (1, 1, size, size), and its height and width."""
