@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CUTS = 3  # how often an image, and then its tiles, are cut: at most 64 tiles
 LEAST_TILE = 32  # pixels of a tile's longer side: in smaller ones, objects are no larger than what blurs them
+MOST_SHRUNK = 3  # times: in images that are shrunk further, small objects are lost without a trace
 SEAM = 1.5  # cells of a tile: points of two tiles that are nearer to each other are of one object
 
 
@@ -148,12 +149,24 @@ class ObjectCountingPipeline(ProcessorPipeline):
                     "further; enlarge it, or give its parts",
                     name, result.count, *image.size,
                 )  # fmt: skip
+            elif not len(result.points) and self._shrinks(image) > MOST_SHRUNK:
+                logger.warning(
+                    "%s: none was found in an image of %dx%d pixels, of which the model sees a 1:%.1f reduction; if "
+                    "there are small ones, give its parts",
+                    name, *image.size, self._shrinks(image),
+                )  # fmt: skip
         numbers = self.processor.post_process(final, [(image.height, image.width)] * len(final))
         results = [
             {"category": name, **found, "tiled": after is not before}
             for name, found, after, before in zip(categories, numbers, final, counted, strict=True)
         ]
         return results[0] if isinstance(category, str) else results
+
+    def _shrinks(self, image: Image.Image) -> float:
+        """How many times the image's sides are those of what the model sees of it."""
+        processor = self.processor.image_processor
+        seen = processor.get_number_of_image_patches(image.height, image.width) * processor.patch_size**2
+        return (image.width * image.height / seen) ** 0.5
 
     def _finish(
         self,

@@ -209,6 +209,15 @@ def test_where_tiles_do_not_suffice_a_warning_says_so_and_it_ends(count, monkeyp
     assert len(calls) <= 1 + sum(4**cut for cut in range(MAX_CUTS))
 
 
+@pytest.mark.parametrize(("side", "warned"), [(40, False), (1000, True)])
+def test_nothing_found_in_an_image_that_is_shrunk_much_is_told(side, warned, count, monkeypatch, caplog):
+    none = CountedObjects(points=torch.zeros(0, 2), scores=torch.zeros(0), count_estimate=0.0, complete=True)
+    monkeypatch.setattr(count.model, "count", lambda **given: [none])
+    with caplog.at_level(logging.WARNING):
+        assert count(Image.new("RGB", (side, side)), "ants")["count"] == 0
+    assert ("ants: none was found in an image of 1000x1000 pixels" in caplog.text) == warned
+
+
 def test_only_what_did_not_end_is_counted_in_tiles(count, images, monkeypatch):
     limits = [3, 100]
 
