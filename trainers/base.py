@@ -185,8 +185,9 @@ class RegardTrainer(CheckpointTrainer):
             losses = {name: outputs[name] for name in numbers}
         sums = {name: torch.stack((value.detach() * numbers[name], numbers[name])) for name, value in losses.items()}
         if model.training:
-            for name in sums.keys() - {"loss"}:
-                self._parts[name] = self._parts.get(name, 0) + sums[name]
+            for name, value in sums.items():
+                if name != "loss":  # that one the parent logs
+                    self._parts[name] = self._parts.get(name, 0) + value
             shares = self._shares(outputs, numbers)
             loss = self.total_loss({name: value * shares.get(name, 1.0) for name, value in losses.items()})
         else:
