@@ -92,8 +92,8 @@ class RenderedTextDataset(Dataset):
     9 px, at least 3 px per lower-case x), `noisy` (4 to 24 letters and digits in groups, 10 to 20 px, tilted by up to 5
     degrees, blurred by up to 1 px, noise of up to 25 of 255 grey levels). In the train split three in ten images of
     `line`, `block` and `page` are slightly degraded as well, and in three in ten letters and words are set closer or
-    further apart than the font has them. `page` and `noisy_page` are to learn from: like `block`
-    and `noisy`, but the text fills the image, so that each holds several times more to learn.
+    further apart than the font has them. `page` and `noisy_page` are to learn from: like `block` and `noisy`, but the
+    text fills the image, so that each holds several times more to learn.
 
     Args:
         split: "train", "validation" or "test".

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_CUTS = 3  # how often an image, and then its tiles, are cut: at most 64 tiles
 LEAST_TILE = 32  # pixels of a tile's longer side: in smaller ones, objects are no larger than what blurs them
 MOST_SHRUNK = 3  # times: in images that are shrunk further, small objects are lost without a trace
+DOUBTFUL = 1.25  # times: in images that are shrunk further, some are lost where the count is not that of a glance
 SEAM = 1.5  # cells of a tile: points of two tiles that are nearer to each other are of one object
 
 
@@ -136,24 +137,28 @@ class ObjectCountingPipeline(ProcessorPipeline):
         )
         by_image = [[next(counted) for _ in range(number)] for number in categories.tolist()]
         asked = model_inputs["asked"]
-        return {"asked": asked, "counted": by_image if isinstance(asked, list) else by_image[0]}  # a batch, or one
+        counts = by_image if isinstance(asked, list) else by_image[0]  # a batch, or one
+        return {"asked": asked, "counted": counts, "image_grid_thw": model_inputs["image_grid_thw"]}
 
     def postprocess(self, model_outputs: dict[str, Any], tile: bool = True, **limits: Any) -> Any:
         (image, category), counted = model_outputs["asked"], model_outputs["counted"]
         categories = [category] if isinstance(category, str) else category
         final = self._finish(image, categories, counted, limits) if tile else counted
-        for name, result in zip(categories, final, strict=True):
+        shrunk = self._shrinks(image, model_outputs["image_grid_thw"][0])
+        for name, result, whole in zip(categories, final, counted, strict=True):
             if tile and not result.complete:
                 logger.warning(
                     "%s: counting ended at %d, though more may be left, in an image of %dx%d pixels, which is not cut "
                     "further; enlarge it, or give its parts",
                     name, result.count, *image.size,
                 )  # fmt: skip
-            elif not len(result.points) and self._shrinks(image) > MOST_SHRUNK:
+            elif result is whole and (
+                (shrunk > MOST_SHRUNK and not result.count) or (shrunk > DOUBTFUL and not result.agrees)
+            ):
                 logger.warning(
-                    "%s: none was found in an image of %dx%d pixels, of which the model sees a 1:%.1f reduction; if "
-                    "there are small ones, give its parts",
-                    name, *image.size, self._shrinks(image),
+                    "%s: %d found, about %.0f at a glance, in an image of %dx%d pixels, of which the model sees a "
+                    "1:%.1f reduction; if there are small ones, give its parts",
+                    name, result.count, result.count_estimate, *image.size, shrunk,
                 )  # fmt: skip
         numbers = self.processor.post_process(final, [(image.height, image.width)] * len(final))
         results = [
@@ -162,11 +167,9 @@ class ObjectCountingPipeline(ProcessorPipeline):
         ]
         return results[0] if isinstance(category, str) else results
 
-    def _shrinks(self, image: Image.Image) -> float:
-        """How many times the image's sides are those of what the model sees of it."""
-        processor = self.processor.image_processor
-        seen = processor.get_number_of_image_patches(image.height, image.width) * processor.patch_size**2
-        return (image.width * image.height / seen) ** 0.5
+    def _shrinks(self, image: Image.Image, grid: torch.Tensor) -> float:
+        """How many times the longer side of an image is that of what the model sees, `grid` patches `(3,)`."""
+        return max(image.size) / (int(grid.max()) * self.processor.image_processor.patch_size)
 
     def _finish(
         self,

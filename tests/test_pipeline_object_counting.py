@@ -209,13 +209,23 @@ def test_where_tiles_do_not_suffice_a_warning_says_so_and_it_ends(count, monkeyp
     assert len(calls) <= 1 + sum(4**cut for cut in range(MAX_CUTS))
 
 
-@pytest.mark.parametrize(("side", "warned"), [(40, False), (1000, True)])
-def test_nothing_found_in_an_image_that_is_shrunk_much_is_told(side, warned, count, monkeypatch, caplog):
-    none = CountedObjects(points=torch.zeros(0, 2), scores=torch.zeros(0), count_estimate=0.0, complete=True)
-    monkeypatch.setattr(count.model, "count", lambda **given: [none])
+@pytest.mark.parametrize(
+    ("shrinks", "found", "estimate", "warned"),
+    [(3.1, 0, 0, True), (2.9, 0, 0, False), (3.1, 9, 9, False), (1.3, 9, 5, True), (1.2, 9, 5, False)],
+)
+def test_objects_lost_because_an_image_is_shrunk_are_told(shrinks, found, estimate, warned, count, monkeypatch, caplog):
+    result = CountedObjects(torch.rand(found, 2), torch.ones(found), float(estimate), complete=True)
+    monkeypatch.setattr(count.model, "count", lambda **given: [result])
+    monkeypatch.setattr(count, "_shrinks", lambda image, grid: shrinks)
     with caplog.at_level(logging.WARNING):
-        assert count(Image.new("RGB", (side, side)), "ants")["count"] == 0
-    assert ("ants: none was found in an image of 1000x1000 pixels" in caplog.text) == warned
+        assert count(Image.new("RGB", (60, 50)), "ants")["count"] == found
+    message = f"ants: {found} found, about {estimate} at a glance, in an image of 60x50 pixels"
+    assert (message in caplog.text) == warned
+
+
+def test_how_much_an_image_is_shrunk(count):
+    patch = count.processor.image_processor.patch_size
+    assert count._shrinks(Image.new("RGB", (30 * patch, patch)), torch.tensor([1, 2, 10])) == 3
 
 
 def test_only_what_did_not_end_is_counted_in_tiles(count, images, monkeypatch):
