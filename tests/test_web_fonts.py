@@ -1,4 +1,5 @@
-"""Web fonts of npm's registry, here one on loopback: checksums, what is there already, and what cannot be fetched."""
+"""Web fonts of npm's registry, here one on loopback: checksums, what is there already, what cannot be fetched;
+and that none looks like a font to test with."""
 
 import base64
 import functools
@@ -10,12 +11,13 @@ import threading
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from regard.data import web_fonts
-from regard.data.rendered_text import RenderedTextDataset
+from regard.data.rendered_text import FONTS_DIRS, FONTS_TABLE, RenderedTextDataset
 
 
 def archive_of(names: list[str]) -> bytes:
@@ -86,3 +88,37 @@ def test_what_is_there_is_not_fetched_again(registry, tmp_path):
     (tmp_path / row["files"][1]).unlink()
     with pytest.raises(OSError, match="refused"):
         web_fonts.fetch(row, tmp_path, "http://127.0.0.1:1")
+
+
+LETTERS = "abdefghijklmnpqrtuyABDEFGHJKLMNPQRSTUVWXYZ0123456789&@?"  # but for those that all fonts draw alike
+
+
+def shapes(path: Path) -> np.ndarray:
+    """Each letter's ink, scaled to one box, `(letters, pixels)`."""
+    font, rows = ImageFont.truetype(str(path), 64, layout_engine=ImageFont.Layout.BASIC), []
+    for letter in LETTERS:
+        image = Image.new("L", (160, 160))
+        ImageDraw.Draw(image).text((40, 110), letter, fill=255, font=font, anchor="ls")
+        box = image.getbbox()
+        assert box is not None, f"{path} does not draw {letter}"
+        rows.append(np.asarray(image.crop(box).resize((24, 24), Image.Resampling.BILINEAR), np.float32).ravel())
+    return np.stack(rows)
+
+
+def test_no_web_font_looks_like_a_font_of_another_split():
+    table = json.loads(FONTS_TABLE.read_text("utf-8"))
+    here = {path.name: path for folder in FONTS_DIRS for path in Path(folder).expanduser().rglob("*.[ot]tf")}
+    held, web = [], []
+    for row in table:
+        fonts = [here[name] for name in row["files"] if name in here]
+        if row["split"] != "train":
+            held += [shapes(path) for path in fonts]
+        elif "integrity" in row:
+            web += fonts
+    if not held or not web:
+        pytest.skip("needs `make fonts web-fonts`")
+    others = np.stack(held)
+    for path in web:
+        own = shapes(path)
+        overlap = (np.minimum(others, own).sum(2) / np.maximum(others, own).sum(2)).mean(1)
+        assert overlap.max() < 0.89, path.name
