@@ -52,6 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "bank is never written": {"bank_written": False},
     "feed-forward without shortcut and norm": {"ffn_shortcut": False},
     "patches without convolutional stem": {"stem": "patch"},
+    "12 blocks with narrow feed-forwards, as in tiny": {"depth": 12, "mlp_ratio": 0.5},
     "weights start at 0.02": {"initializer_range": 0.02},
 }
 

@@ -20,7 +20,7 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention that returns its weights; query, key, value: `(batch, heads, tokens, head_dim)`."""
-    weights = query @ key.transpose(-1, -2) * scaling  # (batch, heads, queries, keys)
+    weights = query * scaling @ key.transpose(-1, -2)  # (batch, heads, queries, keys)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)

@@ -216,16 +216,15 @@ class QAViTFeedForward(nn.Module):
         super().__init__()
         width = int(config.embed_dim * config.mlp_ratio)
         self.up_proj = nn.Linear(config.embed_dim, width)
-        self.conv = DepthwiseConv2d(width, 3)
+        self.conv = DepthwiseConv2d(width, 3, shortcut=config.ffn_shortcut)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.ffn_shortcut else None
         self.activation = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(width, config.embed_dim)
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        grid = self.up_proj(grid)
-        mixed = self.conv(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        mixed = self.conv(self.up_proj(grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.norm is not None:
-            mixed = self.norm(grid + mixed)
+            mixed = self.norm(mixed)
         return self.down_proj(self.activation(mixed))
 
 
