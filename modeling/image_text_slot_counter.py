@@ -15,6 +15,7 @@ from regard.modeling.image_text_slot_encoder import ConvBlock
 LINE_BINS = 8  # bins a row of cells in which lines are looked for
 LEAST_LINE = 0.5  # expected characters at one height that make a line, at least; those beside it count in part
 STEPS = 64  # coordinates are in 64ths of a character: rounding errors of sums end here, and do not reach the slots
+LEAST_BREAK = 0.05  # expected characters behind the last certain one of a line that make its newline, at least
 GAP = 0.15  # a frame with fewer expected characters than this, and than its neighbours, is a gap between two characters
 
 
@@ -100,6 +101,9 @@ class CellCounter(nn.Module):
         """Expected numbers made whole, so that small errors do not add up along the text: from gap to gap there is a
         whole number of characters. (One on the edge between two frames, half in each, thus counts as one.)
 
+        A newline has no ink, and its place is the hardest to be sure of; but that a line is not the last one says that
+        it is there. So the last sign of a character in such a line counts as one, however faint.
+
         Args:
             profile: expected number of characters in each frame in reading order, `(batch, lines * frames)`.
             frames: number of frames of a line.
@@ -113,7 +117,13 @@ class CellCounter(nn.Module):
         ends[:, frames - 1 :: frames] = True
         group = ends.long().cumsum(1) - ends.long()
         soft = torch.zeros_like(profile).scatter_add(1, group, profile)  # (batch, groups)
+        lines = profile.unflatten(1, (-1, frames)).sum(2) > LEAST_LINE
+        ended = (lines.flip(1).cumsum(1).flip(1) > 1) & lines  # another line follows, (batch, lines)
+        sign = (soft.gather(1, group) >= LEAST_BREAK).unflatten(1, (-1, frames))
+        last = frames - 1 - sign.flip(2).int().argmax(2)  # its last frame that shows any sign of a character
+        last = group.unflatten(1, (-1, frames)).gather(2, last[..., None]).squeeze(2)
         whole = soft.round()
+        whole = whole.scatter_reduce(1, last, (ended & sign.any(2)).to(whole.dtype), "amax")
         stretch = (whole / soft.clamp(min=1e-6)).gather(1, group)
         passed = profile.unflatten(1, (-1, frames)).cumsum(2).flatten(1) - profile  # since the start of the line
         start = torch.full_like(profile, float(frames)).scatter_reduce(1, group, passed, "amin").gather(1, group)

@@ -97,7 +97,7 @@ class ImageTextSlotProcessor(ProcessorMixin):
             text: the end token's); `characters`, a list of `{"character", "score", "box"}`, in order, whose characters
             joined are `text`. A character's score is the product of its bytes' scores, its box `[x0, y0, x1, y1]` the
             union of the regions its bytes were read from, in pixels of the given image. Bytes that are no UTF-8 read as
-            U+FFFD; tokens that stand for no byte are left out.
+            U+FFFD; tokens that stand for no byte are left out, and so is a newline after the last line.
         """
         if len(image_sizes) != len(reading.sequences):
             raise ValueError(
@@ -157,6 +157,8 @@ def _read_characters(ids: np.ndarray, scores: np.ndarray, boxes: np.ndarray, siz
         box = [*boxes[part, :2].min(axis=0).tolist(), *boxes[part, 2:].max(axis=0).tolist()]
         characters.append({"character": character, "score": float(byte_scores[part].prod()), "box": box})
         start += length
+    if characters and characters[-1]["character"] == "\n":
+        characters.pop()
     each = [character["score"] for character in characters] or scores[-1:].tolist()
     score = float(np.exp(np.mean(np.log(np.maximum(each, 1e-30))))) if each else 0.0
     return {"text": "".join(item["character"] for item in characters), "score": score, "characters": characters}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
-from regard.modeling.image_text_slot_counter import GAP, CellCounter
+from regard.modeling.image_text_slot_counter import GAP, LEAST_BREAK, CellCounter
 from regard.modeling.image_text_slot_encoder import normalize_contrast
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 
@@ -27,14 +27,22 @@ def page(rows: int, frames: int, *characters: tuple[int, int, float]) -> torch.T
 
 def naive_whole_numbers(profile: list[float], frames: int) -> list[float]:
     """The numbers of each frame, made whole from gap to gap and from line to line, one by one."""
-    result, group = [], []
+    lines = [place // frames for place in range(0, len(profile), frames) if sum(profile[place : place + frames]) > 0.5]
+    result, line, group = [], [], []  # line: its groups
     for place, number in enumerate(profile):
         before, after = profile[place - 1], profile[(place + 1) % len(profile)]
         group.append(number)
         if (number < GAP and number <= before and number <= after) or place % frames == frames - 1:
-            total = sum(group)
-            result += [value * round(total) / total if total else 0.0 for value in group]
+            line.append(group)
             group = []
+        if place % frames == frames - 1:
+            signs = [number for number, group in enumerate(line) if sum(group) >= LEAST_BREAK]
+            for number, group in enumerate(line):
+                whole, total = round(sum(group)), sum(group)
+                if place // frames in lines[:-1] and number == signs[-1]:
+                    whole = max(whole, 1)
+                result += [value * whole / total if total else 0.0 for value in group]
+            line, group = [], []
     return result
 
 
@@ -46,6 +54,17 @@ def test_numbers_become_whole_from_gap_to_gap():
     assert count.item() == pytest.approx(sum(expected)) == round(sum(expected))
     naive = [sum(expected[:i]) + expected[i] / 2 for i in range(len(profile))]
     torch.testing.assert_close(places, torch.tensor([naive]))
+
+
+def test_a_line_that_another_follows_ends_with_a_newline_however_faint():
+    text = [(0, 1, 1.0), (0, 4, 1.0), (0, 7, 0.1), (2, 1, 1.0), (2, 4, 1.0), (2, 7, 0.1)]
+    coordinates, held, count = counter().gaze(page(3, 16, *text), torch.zeros(1, 24))
+    assert count.item() == 2 + 2 + 1 + 2  # the last line's faint sign is none
+    assert held[0, [3, 19]].tolist() == pytest.approx([1.0, 0.0])
+    assert coordinates[0, [0, 2, 3, 16, 18]].tolist() == pytest.approx([1, 2, 3, 4, 5])
+    faint = LEAST_BREAK * 0.9
+    *_, count = counter().gaze(page(3, 16, (0, 1, 1.0), (0, 7, faint), (2, 1, 1.0)), torch.zeros(1, 24))
+    assert count.item() == 2 + 2
 
 
 def test_small_errors_do_not_add_up():
