@@ -132,9 +132,8 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         - `"tiny"`: the default, 224 px in patches of 16.
         - `"small"`: wider and deeper; its blocks share their attention projections.
-        - `"tiny-32"`: for images of 32 px (28 px work too), patches of 4, convolutional stem. As many parameters as tiny
-          in half as many blocks with four times as wide feed-forwards, which learns faster (`benchmarks/classify.py
-          ablations`).
+        - `"tiny-32"`: for images of 32 px (28 px work too), patches of 4, convolutional stem. As many parameters as
+          tiny, in half as many blocks with feed-forwards four times as wide.
         - `"as_described"`: tiny as the design was first described, as far as it can be built. It keeps attention of
           the channel groups over tokens, one static weight for each branch, a bank that learns nothing from the image,
           a feed-forward convolution without shortcut and norm, and weights that start at 0.02. It does not keep what

@@ -162,6 +162,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         self.decoder = SlotDecoderLayer(config)
         self.slot_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(slot.hidden_size, config.vocab_size)
+        self.slot_limit: int | None = None  # while training, slots past it are not computed
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -297,9 +298,11 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def _window(self, labels: torch.Tensor | None) -> range:
         """The slots to compute: as many as there are columns of labels, all without; in training perhaps some only."""
         columns, window = self.config.num_slots if labels is None else labels.shape[1], self.config.training_slots
+        if self.training and self.slot_limit is not None:
+            columns = min(columns, self.slot_limit)
         if not self.training or window is None or window >= columns:
             return range(columns)
-        filled = columns if labels is None else int(labels.ge(0).any(0).sum())
+        filled = columns if labels is None else min(columns, int(labels.ge(0).any(0).sum()))
         start = random.randrange(max(filled - window, 0) + 1)
         return range(start, start + window)
 
@@ -426,9 +429,14 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         feel; the result is that of computing all.
 
         Args:
-            max_slots: most tokens of one image; `num_slots` if None.
+            max_slots: most tokens of one image, start and end included; `num_slots` if None.
+
+        Raises:
+            ValueError: `max_slots` leaves no room for start and end.
         """
         config = self.config
+        if max_slots is not None and max_slots < 2:
+            raise ValueError(f"max_slots={max_slots} must be at least 2: start and end are tokens too.")
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         tokens, scores, boxes, length, count_pred = self.read_slots(pixel_values, limit)
         cut = [int(n) for n in length]

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,14 +63,14 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
 
 
 def open_images(images: Any) -> Any:
-    """Read paths and addresses, in lists of any depth, by `open_image`; pass other images on."""
+    """Read paths, addresses and bytes, in lists of any depth, by `open_image`; pass other images on."""
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
-    return open_image(images) if isinstance(images, str) else images
+    return open_image(images) if isinstance(images, (str, os.PathLike, bytes)) else images
 
 
 def to_pil(image: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """Turn a PIL image, array or tensor into a PIL image in mode "L" or "RGB".
+    """Turn a PIL image, array or tensor into a PIL image in mode "L" or "RGB", upright as EXIF says.
 
     Args:
         image: arrays and tensors are (height, width) or have 1, 3 or 4 channels first or last.
@@ -84,7 +84,7 @@ def to_pil(image: Any, input_data_format: str | ChannelDimension | None = None) 
         image = _array_to_pil(image, input_data_format)
     if image.width == 0 or image.height == 0:
         raise ValueError(f"an image has no pixels: its size is {image.width}x{image.height}")
-    return to_grey_or_rgb(image)
+    return to_grey_or_rgb(_upright(image))
 
 
 def _array_to_pil(pixels: np.ndarray, input_data_format: str | ChannelDimension | None) -> Image.Image:
@@ -138,21 +138,27 @@ def to_8_bit(pixels: np.ndarray) -> np.ndarray:
     return np.rint(scaled).astype(np.uint8)
 
 
-def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def find_images(
+    paths: str | Path | Iterable[str | Path], on_error: Callable[[ImageReadError], None] | None = None
+) -> list[Path]:
     """List image files: folders are searched recursively by suffix, in natural order (2 before 10), no hidden ones.
 
     A path that is not a folder is listed as given, whatever its suffix and whether or not it exists: `open_image`
     tells what is wrong with it, while the others are read.
 
+    Args:
+        paths: one or several files and folders.
+        on_error: called with the error of each folder that cannot be listed; it is then left out.
+
     Raises:
-        ImageReadError: a folder holds no image, or cannot be listed.
+        ImageReadError: a folder holds no image, or cannot be listed and there is no `on_error`.
     """
     found = []
     for path in [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(sorted(_walk(path)), key=lambda file: _natural_key(file.relative_to(path)))
+        inside = sorted(sorted(_walk(path, on_error)), key=lambda file: _natural_key(file.relative_to(path)))
         if not inside:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise ImageReadError(f"{path}: no images in this folder; give one with files that end in {suffixes}")
@@ -160,9 +166,12 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, on_error: Callable[[ImageReadError], None] | None) -> Iterator[Path]:
     def fail(error: OSError):
-        raise ImageReadError(f"{error.filename}: cannot list this folder ({error.strerror}); check its permissions")
+        message = f"{error.filename}: cannot list this folder ({error.strerror}); check its permissions"
+        if on_error is None:
+            raise ImageReadError(message) from error
+        on_error(ImageReadError(message))
 
     for root, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -38,7 +38,7 @@ Results appear on standard output as soon as a batch is done; progress and error
 exit codes:
   0  every image was read
   1  some images could not be read: each is named with its reason, the others are done
-  2  nothing was done: wrong arguments, no image found, no model, or every image failed
+  2  stopped: wrong arguments, no image found, no model, every image failed, or a result could not be written
 """
 
 READ_EPILOG = (
@@ -133,13 +133,15 @@ CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win 
                                     query_conditioned_vqa answers questions, sequential_attention_counting counts
   preset: 5m                        its size; or init_from: FOLDER to go on from a checkpoint
   dataset: my-images/               your data, or a data set of the Hub; to read: a folder with images and
-                                    metadata.jsonl or metadata.csv, with columns pixel_values and text, default:
-                                    generated texts; to classify: a folder with one of images for each class; to
-                                    answer: easy-vqa, scenes (generated), vqa-v2:FOLDER, clevr:FOLDER, or columns
-                                    image, question and answers; to count: emoji (generated), fsc-147:FOLDER, a
-                                    folder with points.jsonl, or columns image, category and points
+                                    metadata.jsonl or metadata.csv (file_name, text), or columns pixel_values and
+                                    text, default: generated texts; to classify: a folder with one of images for
+                                    each class; to answer: easy-vqa, scenes (generated), vqa-v2:FOLDER,
+                                    clevr:FOLDER, or columns image, question and answers; to count: emoji
+                                    (generated), fsc-147:FOLDER, a folder with points.jsonl, or columns image,
+                                    category and points
   output_dir: runs/mine
   learning_rate: 3.0e-4             and every other argument of transformers' Trainer
+  report_to: tensorboard            curves, and pictures of what it reads or answers while it learns
   resume_from_checkpoint: true      go on from the newest checkpoint in output_dir
 
 `python -m regard.train --model qavit --help` lists every setting of a model with its default. On several devices or
@@ -153,8 +155,8 @@ examples:
 
 EVALUATE_EPILOG = """\
 Of a model that reads text, prints character accuracy, character error rate, exact match and length error, by tier and
-by length of text. --dataset is a folder of images with metadata.jsonl or metadata.csv, or a data set of the Hub, with
-the columns pixel_values and text.
+by length of text. --dataset is a folder of images with metadata.jsonl or metadata.csv (columns file_name and text), or
+a data set of the Hub (columns pixel_values and text).
 
 Of a classifier, prints loss, top-1 and top-5 accuracy, and the time its network takes for a batch. It needs --dataset:
 a folder FOLDER/CLASS/IMAGE or FOLDER/SPLIT/CLASS/IMAGE, fashion-mnist, cifar-10:PATH, cifar-100:PATH, or a data set of
@@ -353,7 +355,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--model",
             metavar="PATH_OR_REPO",
-            help="a folder, or a Hub repository OWNER/NAME (default: the bundled model)",
+            help="a folder, a bundled model, or a Hub repository OWNER/NAME (default: the bundled one for this)",
         )
         form = verb.add_mutually_exclusive_group()
         form.add_argument("--json", dest="form", action="store_const", const="json", help="JSON Lines")

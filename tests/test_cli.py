@@ -16,6 +16,7 @@ from PIL import Image
 
 import regard
 from regard.cli import name_drawings, write_as_text
+from regard.processing.image_io import ImageReadError, open_image
 from regard.read import Reader
 from regard_cli import build_parser, main
 
@@ -207,8 +208,25 @@ def test_places_that_cannot_be_written_exit_with_2(read, folder, tmp_path, capsy
     (tmp_path / "file").touch()
     assert read(folder, "--output", tmp_path / "absent/out.txt") == 2
     assert "out.txt: cannot be written" in capsys.readouterr().err
-    assert read(folder, "--draw", tmp_path / "file") == 1
+    assert read(folder, "--draw", tmp_path / "file") == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_image_that_is_gone_when_it_is_drawn_does_not_stop_the_rest(read, folder, tmp_path, capsys, monkeypatch):
+    opened = []
+
+    def open_once(source):
+        opened.append(source)
+        if opened.count(source) == 2 and source.parent.name == "b":
+            raise ImageReadError(f"{source}: no such file; check the path")
+        return open_image(source)
+
+    monkeypatch.setattr("regard.cli.open_image", open_once)
+    assert read(folder, "--json", "--draw", tmp_path / "seen") == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert "one.png: no such file; check the path; it is not drawn" in captured.err
+    assert len(list((tmp_path / "seen").rglob("*.png"))) == 2
 
 
 def test_drawings_are_laid_out_as_the_images_are(read, folder, tmp_path):

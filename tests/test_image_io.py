@@ -1,6 +1,7 @@
 """Real files of every troublesome kind: read right, or refused by name."""
 
 import base64
+import errno
 import functools
 import http.server
 import os
@@ -8,6 +9,7 @@ import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -363,6 +365,25 @@ class TestFindImages:
     def test_folder_without_images(self, tmp_path):
         (tmp_path / "notes.txt").touch()
         with pytest.raises(ImageReadError, match=r"no images in this folder; give one with files that end in .*\.png"):
+            find_images(tmp_path)
+
+    def test_a_subfolder_that_cannot_be_listed_leaves_the_rest(self, tmp_path, monkeypatch):
+        (tmp_path / "1.png").touch()
+        (tmp_path / "closed").mkdir()
+        scandir = os.scandir
+
+        def refuse(path):
+            if Path(path).name == "closed":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        errors = []
+        assert find_images(tmp_path, on_error=errors.append) == [tmp_path / "1.png"]
+        assert [str(error) for error in errors] == [
+            f"{tmp_path / 'closed'}: cannot list this folder (Permission denied); check its permissions"
+        ]
+        with pytest.raises(ImageReadError, match="closed: cannot list this folder"):
             find_images(tmp_path)
 
     def test_link_loops_end(self, tmp_path):

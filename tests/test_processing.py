@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from regard import ImageTextSlotConfig, ImageTextSlotImageProcessor, ImageTextSlotProcessor, build_byte_tokenizer
+from regard.processing.image_io import open_image
+from regard.visualize import draw_reading
 
 MEAN, STD = 0.1533, 0.3034
 TOKENIZER = build_byte_tokenizer()
@@ -119,6 +121,8 @@ class TestImageProcessor:
             "tensor": torch.from_numpy(rgb).permute(2, 0, 1),
             "floats in [0, 1]": torch.from_numpy(rgb).permute(2, 0, 1) / 255,
             "path": str(tmp_path / "image.png"),
+            "pathlib's path": tmp_path / "image.png",
+            "bytes": (tmp_path / "image.png").read_bytes(),
             "list": [Image.fromarray(rgb)],
             "nested list": [[Image.fromarray(rgb)]],
             "batch": rgb[None],
@@ -129,6 +133,17 @@ class TestImageProcessor:
         expected = self.image_processor(Image.fromarray(grey))["pixel_values"]
         for image in (grey, grey[..., None], grey[None], torch.from_numpy(grey)):
             np.testing.assert_array_equal(self.image_processor(image)["pixel_values"], expected)
+
+    def test_a_photograph_is_turned_upright_however_it_is_given(self, tmp_path):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.fromarray(noise(60, 90)).save(tmp_path / "turned.png", exif=exif)
+        expected = self.image_processor(tmp_path / "turned.png")["pixel_values"]
+        with Image.open(tmp_path / "turned.png") as image:
+            np.testing.assert_array_equal(self.image_processor(image)["pixel_values"], expected)
+            reading = {"text": "", "score": 1.0, "characters": []}
+            page = draw_reading(image, reading)
+        assert page.size == draw_reading(open_image(tmp_path / "turned.png"), reading).size
 
     def test_channels_settled_by_name(self):
         pixels = noise(3, 40, 3)
@@ -335,7 +350,7 @@ class TestPostProcess:
             b"a\xff\xfeb",
             b"\xe2\x82",
             b"\xe2\x82a\xf0\x9f\x99\x82\xf0\x9f",
-            "漢字 🙂\n".encode(),
+            "漢字\n🙂".encode(),
             b"\xed\xa0\x80",
             b"",
         ],
@@ -345,6 +360,11 @@ class TestPostProcess:
         assert result["text"] == data.decode("utf-8", "replace")
         assert result["text"] == "".join(item["character"] for item in result["characters"])
         assert result["text"] == processor.tokenizer.decode(reading_of(data)[0][0], skip_special_tokens=True)
+
+    def test_no_newline_ends_a_text(self, processor):
+        (result,) = read(processor, reading_of(b"a\nb\n"), sizes=[(64, 64)])
+        assert result["text"] == "a\nb"
+        assert [item["character"] for item in result["characters"]] == ["a", "\n", "b"]
 
     def test_tokens_without_a_byte_are_left_out(self, processor):
         sequences, scores, boxes = reading_of(b"abc")

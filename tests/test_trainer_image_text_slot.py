@@ -145,7 +145,7 @@ def test_checkpointed_activations_and_bfloat16_train(tmp_path):
 
 
 def test_curricula_grow_and_are_undone_when_saved(tmp_path):
-    trainer = make_trainer(tmp_path, count_warmup_steps=4, teacher_forcing_steps=2)
+    trainer = make_trainer(tmp_path, count_warmup_steps=4, teacher_forcing_steps=2, training_slots=3)
     config: Any = trainer.model.config
     seen = []
     for step in (0, 1, 2, 4, 9):
@@ -159,6 +159,7 @@ def test_curricula_grow_and_are_undone_when_saved(tmp_path):
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["counter_config"]["loss_weight"] == 0.1
     assert saved["teacher_forcing"] == 0.5
+    assert saved["training_slots"] is None  # another trainer is not to learn from windows unasked
 
 
 def test_without_curricula_nothing_changes(tmp_path):
@@ -171,9 +172,9 @@ def test_without_curricula_nothing_changes(tmp_path):
 @pytest.mark.parametrize("training_slots", [None, 3])
 def test_a_window_of_slots_trains(tmp_path, training_slots):
     trainer = make_trainer(tmp_path, training_slots=training_slots)
-    assert trainer.model.config.training_slots == training_slots
     inputs = trainer.data_collator([row("a word")])
     _, outputs = trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)
+    assert trainer.model.config.training_slots == training_slots
     margin = 4 + 2 * 2  # slots after the end learn to be empty, and those beyond are felt: two neighbours, twice
     assert outputs.logits.shape[1] == (training_slots or len("a word") + 2 + margin)
 
@@ -191,20 +192,21 @@ def test_padding_of_a_batch_changes_no_loss(tmp_path):
     assert trainer.data_collator([row("x" * 62)])["labels"].shape[1] == 64  # the model has no more slots
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(0, 40), (5, 32)])
-def test_slots_grow(tmp_path, steps, expected):
-    """`tiny` has 64 slots; while the curriculum lasts a text is cut to half of them."""
-    trainer = make_trainer(tmp_path, slot_curriculum_steps=steps)
-    inputs = trainer.data_collator([row("x")])
-    inputs = {
-        "pixel_values": inputs["pixel_values"],
-        "labels": torch.full((1, 40), 9),
-        "attention_mask": torch.ones(1, 40, dtype=torch.long),
-        "character_positions": torch.full((1, 40, 3), -1.0),
-    }
-    trainer.model.train()
-    _, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
-    assert outputs.logits.shape[1] == expected
+def test_slots_grow_while_the_counter_learns_all(tmp_path):
+    """`tiny` has 64 slots; while the curriculum lasts only half of them learn."""
+    outputs = []
+    for steps in (0, 5):
+        trainer = make_trainer(tmp_path, slot_curriculum_steps=steps)
+        inputs = trainer.data_collator([row("x" * 40)])
+        trainer.model.config.teacher_forcing = trainer._teacher_forcing = 1.0
+        outputs.append(trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)[1])
+    whole, half = outputs
+    assert whole.logits.shape[1] == 42 + 4 + 2 * 2
+    assert half.logits.shape[1] == 32
+    torch.testing.assert_close(half.loss_count, whole.loss_count)
+    torch.testing.assert_close(half.loss_cells, whole.loss_cells)
+    assert half.num_items["loss_ce"] < whole.num_items["loss_ce"]
+    assert trainer.model.eval()(**inputs).logits.shape[1] == 42 + 4 + 2 * 2
 
 
 def test_augmentation_moves_characters_with_the_image():

@@ -22,8 +22,8 @@ class SlotTrainingArguments(RegardTrainingArguments):
     learning_rate 1e-4, cosine to 3e-5, 10 % warm-up, weight decay 1e-3, betas (0.9, 0.95), batch 64: the described
         recipe. From scratch a higher rate learns faster (see the configuration files).
     remove_unused_columns: the collator makes the tensors from columns that `forward` does not name.
-    train_sampling_strategy "sequential": generated data comes shuffled, and its length curriculum goes by index. Give
-        "random" for a data set of your own.
+    train_sampling_strategy "sequential": generated data comes shuffled, and its length curriculum goes by index.
+        `regard train` shuffles a data set of your own.
     ddp_find_unused_parameters: every parameter gets a gradient in every step.
     """
 
@@ -44,7 +44,7 @@ class SlotTrainingArguments(RegardTrainingArguments):
         default=False, metadata={"help": "Look for parameters without a gradient in every step."}
     )
     slot_curriculum_steps: int = field(
-        default=0, metadata={"help": "For this many steps texts are cut to half the slots; 0: never."}
+        default=0, metadata={"help": "For this many steps only the first half of the slots learn; 0: never."}
     )
     count_warmup_steps: int = field(
         default=0, metadata={"help": "The counter's weight grows from half to all of it over this many steps."}
@@ -151,7 +151,6 @@ class SlotTrainer(RegardTrainer):
         if not self.is_fsdp_enabled:  # which takes contiguous weights only
             self.model.to(memory_format=torch.channels_last)
         config = self.accelerator.unwrap_model(self.model).config
-        config.training_slots = args.training_slots
         self._count_weight, self._teacher_forcing = config.counter_config.loss_weight, config.teacher_forcing
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -166,15 +165,13 @@ class SlotTrainer(RegardTrainer):
                 self.args.augment_brightness,
                 self.args.augment_contrast,
             )
-            if self.state.global_step < self.args.slot_curriculum_steps:
-                slots = self.accelerator.unwrap_model(model).config.num_slots // 2
-                for name in ("labels", "attention_mask", "character_positions"):
-                    inputs[name] = inputs[name][:, :slots]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _set_curriculum(self) -> None:
-        config = self.accelerator.unwrap_model(self.model).config
-        step = self.state.global_step
+        model = self.accelerator.unwrap_model(self.model)
+        config, step = model.config, self.state.global_step
+        config.training_slots = self.args.training_slots
+        model.slot_limit = config.num_slots // 2 if step < self.args.slot_curriculum_steps else None
         grown = min(1.0, step / self.args.count_warmup_steps) if self.args.count_warmup_steps else 1.0
         config.counter_config.loss_weight = self._count_weight * (0.5 + 0.5 * grown)
         config.teacher_forcing = 1.0 if step < self.args.teacher_forcing_steps else self._teacher_forcing
@@ -182,6 +179,7 @@ class SlotTrainer(RegardTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         config = self.accelerator.unwrap_model(self.model).config
         config.counter_config.loss_weight, config.teacher_forcing = self._count_weight, self._teacher_forcing
+        config.training_slots = None
         super().save_model(output_dir, _internal_call)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -60,17 +60,35 @@ def run_on_images(options: argparse.Namespace, start: Callable[[], "Worker"]) ->
                         stream.flush()
                     succeeded += 1
                     if drawings:
-                        drawings[index].parent.mkdir(parents=True, exist_ok=True)
-                        worker.draw(open_image(sources[index]), result).save(drawings[index])
+                        failed += not draw_result(worker, sources[index], result, drawings[index])
                 bar.update()
     except BrokenPipeError:
         raise
     except OSError as error:  # of the output or a drawing; those of images are results
         complain(f"{error.filename or 'output'}: cannot be written ({error.strerror}); choose another place")
-        return EXIT_PARTIAL if succeeded else EXIT_FAILED
+        return EXIT_FAILED
     if not succeeded:
         return EXIT_FAILED
     return EXIT_OK if succeeded == len(sources) and not failed else EXIT_PARTIAL
+
+
+def draw_result(worker: "Worker", source: str | Path, result: dict[str, Any], path: Path) -> bool:
+    """Write a picture of a result; say so and return False where the image cannot be opened again.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture = worker.draw(open_image(source), result)
+    except ImageReadError as error:
+        complain(f"{error}; it is not drawn")
+        return False
+    except MemoryError:
+        complain(f"{source}: not enough memory to draw it; scale it down")
+        return False
+    picture.save(path)
+    return True
 
 
 class Worker:
@@ -164,15 +182,20 @@ def list_sources(arguments: list[str]) -> tuple[list[str | Path], int]:
     """Images named by the arguments: files and addresses as given, folders searched; and how many arguments failed."""
     sources: list[str | Path] = []
     failed = 0
+
+    def fail(error: ImageReadError):
+        nonlocal failed
+        complain(error)
+        failed += 1
+
     for argument in arguments:
         if argument.startswith(_ADDRESSES):
             sources.append(argument)
             continue
         try:
-            sources.extend(find_images(argument))
+            sources.extend(find_images(argument, on_error=fail))
         except ImageReadError as error:
-            complain(error)
-            failed += 1
+            fail(error)
     return sources, failed
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from regard.processing.image_io import to_grey_or_rgb
+from regard.processing.image_io import to_pil
 from regard.visualize import FAINT, INK, PAPER, load_font
 
 MARGIN, PANEL, LISTS, LINE = 16, 232, 288, 20  # pixels
@@ -19,10 +19,11 @@ _HEAT = np.array([(22, 11, 57), (87, 16, 110), (152, 40, 103), (209, 65, 73), (2
 
 def fit_panel(image: Image.Image) -> Image.Image:
     """The image, of any mode and size, in RGB and as large as a panel holds."""
+    image = to_pil(image)
     scale = PANEL / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     way = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC  # few pixels stay visible as such
-    return to_grey_or_rgb(image).resize(size, way, reducing_gap=3.0).convert("RGB")
+    return image.resize(size, way, reducing_gap=3.0).convert("RGB")
 
 
 def draw_panel(page: Image.Image, place: tuple[int, int], title: str, panel: Image.Image) -> None:

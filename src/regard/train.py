@@ -175,13 +175,15 @@ def build_image_text_slot(
     """Model, data sets and trainer of ImageTextSlot."""
     if model_args.init_from is None:
         model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset))
-        processor = ImageTextSlotProcessor(ImageTextSlotImageProcessor(), build_byte_tokenizer())
+        tokenizer = build_byte_tokenizer(model.config.num_slots)
+        processor = ImageTextSlotProcessor(ImageTextSlotImageProcessor(), tokenizer)
     else:
         source = resolve(model_args.init_from)
         model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True)
         processor = ImageTextSlotProcessor.from_pretrained(source)
-    model.set_attn_implementation(model_args.attn_implementation)
+    model.set_attn_implementation({"": model_args.attn_implementation})  # the encoder has no attention to choose
     if data_args.dataset is not None:
+        training_args.train_sampling_strategy = "random"
         train = load_text_images(data_args.dataset, data_args.train_split)
         evaluation = cast(Dataset, load_text_images(data_args.dataset, data_args.eval_split))
         evaluation = evaluation.select(range(min(data_args.eval_images, len(evaluation))))

@@ -106,7 +106,7 @@ class SettingsParser(HfArgumentParser):
     def explain_unknown(self, name: str) -> str:
         bare = name.lstrip("-").split("=")[0].replace("-", "_")
         close = difflib.get_close_matches(bare, {action.dest for action in self._actions}, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`python -m regard.train --help` lists all"
+        hint = f"did you mean {close[0]}?" if close else "`python -m regard.train --model MODEL --help` lists all"
         return f"unknown setting {bare}; {hint}"
 
     def error(self, message: str):

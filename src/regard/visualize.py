@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from regard.processing.image_io import to_grey_or_rgb
+from regard.processing.image_io import to_pil
 
 PAPER, INK, FAINT = (255, 255, 255), (38, 43, 51), (150, 158, 168)
 # Confidences and their colours: told apart with red-green blindness too, and dark enough on white.
@@ -37,14 +37,14 @@ def draw_reading(image: Image.Image, reading: Mapping[str, Any], scale: float | 
     Raises:
         ValueError: `scale` is not above 0.
     """
-    longest = max(image.size)
+    seen = to_pil(image)
+    longest = max(seen.size)
     if scale is None:
         scale = _LONGEST / longest
     elif not scale > 0:
         raise ValueError(f"scale must be above 0, but is {scale}")
     scale = min(scale, _LARGEST / longest)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    seen = to_grey_or_rgb(image)
+    width, height = (max(1, round(side * scale)) for side in seen.size)
     enlarged = seen.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).convert("RGB")
 
     panel = (max(width, _SHORTEST), max(height, _SHORTEST))

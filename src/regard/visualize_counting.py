@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from regard.processing.image_io import to_grey_or_rgb
+from regard.processing.image_io import to_pil
 from regard.visualize import INK, load_font
 
 _LEAST, _MOST = 560, 1120  # pixels of a picture's longer side
@@ -25,10 +25,11 @@ def draw_count(image: Image.Image, result: Mapping[str, Any], truth: int | None 
         the image, enlarged or reduced, with a numbered disc at each point, blue at first and red at last, joined in
         the order of counting; below it the count, and the estimate made without pointing.
     """
+    image = to_pil(image)
     scale = min(max(1.0, _LEAST / max(image.size)), _MOST / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     page = Image.new("RGB", (max(size[0], _LEAST // 2), size[1] + _BAND), "white")
-    page.paste(to_grey_or_rgb(image).resize(size, Image.Resampling.BICUBIC).convert("RGB"))
+    page.paste(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"))
     draw = ImageDraw.Draw(page)
     points = [(point["x"] * scale, point["y"] * scale) for point in result["points"]]
     colours = [_between(index / max(1, len(points) - 1)) for index in range(len(points))]
