@@ -122,7 +122,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing regard into $(VENV) (some 2 GB; a few minutes the first time) ..."
+	@echo "Installing regard into $(VENV) (some 3 GB, 6 with CUDA; a few minutes the first time) ..."
 	$(PIP_INSTALL) --editable .
 	@touch $@
 

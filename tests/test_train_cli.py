@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from regard import ImageTextSlotModel
+from regard.data.rendered_text import RenderedTextDataset
 from regard.train import RECIPES, SettingsError, find_checkpoint, main, parse_settings
 from regard.trainers.checkpoints import seal
 
@@ -165,6 +166,30 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     further = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "further")}
     assert main([write(settings | further), "--max_steps", "1"]) == 0
     assert (tmp_path / "further/model.safetensors").is_file()
+
+
+def test_generated_texts_are_what_the_settings_say(write, base, tmp_path):
+    settings = {
+        "tiers": {"block": 1, "noisy": 1},
+        "eval_tiers": ["line", "noisy"],
+        "eval_images": 3,
+        "train_images": 40,
+        "generator_seed": 5,
+        "length_curriculum": ["0=8", "20=30"],
+    }
+    _, *arguments = parse_settings([write(base | settings)])
+    trainer = RECIPES["image_text_slot"].build(*arguments)
+    train = trainer.train_dataset
+    assert len(train) == 40
+    rows = [train[index] for index in range(40)]
+    assert max(len(row["text"]) for row in rows[:20]) <= 8 < max(len(row["text"]) for row in rows[20:]) <= 30
+    assert all(rows[index]["tier"] == rows[index + 1]["tier"] for index in range(0, 40, 2)), "a batch is of one tier"
+    assert {row["tier"] for row in rows} == {"block", "noisy"}
+    assert {tier: len(data) for tier, data in trainer.eval_dataset.items()} == {"line": 3, "noisy": 3}
+    other = RenderedTextDataset("train", {"block": 1, "noisy": 1}, size=40, seed=6, group_size=2)
+    assert [other[index]["text"] for index in range(4)] != [row["text"] for row in rows[:4]]
+    trainer.train()  # texts fit the preset's slots
+    assert trainer.state.global_step == 2
 
 
 def test_accelerate_launches_two_processes(root, write, base, images, tmp_path):
