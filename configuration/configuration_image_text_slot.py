@@ -140,6 +140,10 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
         depth: number of convolution blocks over the frames.
         normalize_loss: divide the error by the square root of the true number before the Huber loss.
         loss_weight: weight of that loss.
+        second_look: four weights and a bias by which `ImageTextSlotModel.read` chooses, where a number was rounded by
+            more than a tenth, between it and the one on the other side: of the log odds of the rounding, of how much
+            surer the reading is in sum and in mean, and of how many more characters repeat; None: no second look.
+            `benchmarks/calibrate_counter.py` fits them.
     """
 
     model_type = "image_text_slot_counter"
@@ -151,6 +155,7 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
     depth: int = 3
     normalize_loss: bool = True
     loss_weight: float | int = 0.1
+    second_look: list[float | int] | tuple[float | int, ...] | None = None
 
 
 @strict

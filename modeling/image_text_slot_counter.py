@@ -27,6 +27,26 @@ class CellCounts(NamedTuple):
     line_offset: torch.Tensor
 
 
+class Gaze(NamedTuple):
+    """Where the slots are to look.
+
+    Args:
+        coordinates: index of the token that each cell holds `(batch, cells)`; a cell that holds several tokens lies
+            between their indices.
+        held: how many tokens each cell holds `(batch, cells)`.
+        count: number of tokens, start and end included, `(batch, 1)`.
+        numbers: whole number of characters in each group of frames from gap to gap, in reading order, `(batch,
+            groups)`.
+        doubts: how many more were expected there, `(batch, groups)`.
+    """
+
+    coordinates: torch.Tensor
+    held: torch.Tensor
+    count: torch.Tensor
+    numbers: torch.Tensor
+    doubts: torch.Tensor
+
+
 class CellCounter(nn.Module):
     """Counts the characters of each cell and finds the line they stand on."""
 
@@ -57,13 +77,13 @@ class CellCounter(nn.Module):
         return frames.unflatten(-1, (-1, self.frames_per_cell)).sum(-1).flatten(1)
 
     @torch.no_grad()
-    def gaze(self, numbers: torch.Tensor, line_offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where the slots are to look: index of the token that each cell holds and how many it holds, both `(batch,
-        cells)`, and the number of tokens `(batch, 1)`. A cell that holds several tokens lies between their indices.
+    def gaze(self, numbers: torch.Tensor, line_offset: torch.Tensor, change: torch.Tensor | None = None) -> Gaze:
+        """Where the slots are to look.
 
         Args:
             numbers: expected number of characters in each frame `(batch, rows, frames)`.
             line_offset: see `CellCounts`.
+            change: added to the whole numbers, `(batch, groups)`.
         """
         _, rows, frames = numbers.shape
         line = self._find_lines(self.by_cell(numbers), line_offset, rows)
@@ -71,13 +91,14 @@ class CellCounter(nn.Module):
         place = (line * frames + torch.arange(frames, device=line.device)).flatten(1)  # a line seen in two rows is one
         profile = numbers.new_zeros(numbers.shape[0], rows * LINE_BINS * frames)
         profile = profile.scatter_add(1, place, numbers.flatten(1))
-        coordinates, stretch, count = self._whole_numbers(profile, frames)
+        coordinates, stretch, whole_numbers, expected = self._whole_numbers(profile, frames, change)
         whole = numbers.flatten(1) * stretch.gather(1, place)
         coordinates = coordinates.gather(1, place) + 0.5  # half a token for the start
         held = self.by_cell(whole.view_as(numbers))
         weights = whole + 1e-6  # an empty cell lies in the middle of its frames
         centre = self.by_cell((weights * coordinates).view_as(numbers)) / self.by_cell(weights.view_as(numbers))
-        return (centre * STEPS).round() / STEPS, held, count + 2
+        count = whole_numbers.sum(1, keepdim=True) + 2
+        return Gaze((centre * STEPS).round() / STEPS, held, count, whole_numbers, expected - whole_numbers)
 
     @staticmethod
     def _find_lines(occupancy: torch.Tensor, line_offset: torch.Tensor, rows: int) -> torch.Tensor:
@@ -97,7 +118,9 @@ class CellCounter(nn.Module):
         return distance.argmin(-1).gather(1, height)
 
     @staticmethod
-    def _whole_numbers(profile: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _whole_numbers(
+        profile: torch.Tensor, frames: int, change: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Expected numbers made whole, so that small errors do not add up along the text: from gap to gap there is a
         whole number of characters. (One on the edge between two frames, half in each, thus counts as one.)
 
@@ -107,10 +130,12 @@ class CellCounter(nn.Module):
         Args:
             profile: expected number of characters in each frame in reading order, `(batch, lines * frames)`.
             frames: number of frames of a line.
+            change: see `gaze`.
 
         Returns:
-            the number of characters before the middle of each frame, the factor to multiply its own number with, both
-            like `profile`, and the number of all `(batch, 1)`.
+            the number of characters before the middle of each frame, the factor to multiply its own number with, and of
+            each group the whole and the expected number, all like `profile`: groups are numbered in reading order, and
+            past the last one all is 0.
         """
         before, after = profile.roll(1, dims=1), profile.roll(-1, dims=1)
         ends = (profile < GAP) & (profile <= before) & (profile <= after)
@@ -124,11 +149,13 @@ class CellCounter(nn.Module):
         last = group.unflatten(1, (-1, frames)).gather(2, last[..., None]).squeeze(2)
         whole = soft.round()
         whole = whole.scatter_reduce(1, last, (ended & sign.any(2)).to(whole.dtype), "amax")
+        if change is not None:
+            whole = (whole + change).clamp(min=0)
         stretch = (whole / soft.clamp(min=1e-6)).gather(1, group)
         passed = profile.unflatten(1, (-1, frames)).cumsum(2).flatten(1) - profile  # since the start of the line
         start = torch.full_like(profile, float(frames)).scatter_reduce(1, group, passed, "amin").gather(1, group)
         places = (whole.cumsum(1) - whole).gather(1, group) + (passed - start + profile / 2) * stretch
-        return places, stretch, whole.sum(1, keepdim=True)
+        return places, stretch, whole, soft
 
 
-__all__ = ["CellCounter", "CellCounts"]
+__all__ = ["CellCounter", "CellCounts", "Gaze"]

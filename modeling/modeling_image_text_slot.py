@@ -22,11 +22,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
+from regard.modeling.image_text_slot_counter import CellCounter, CellCounts, Gaze
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder
 from regard.modeling.layers import SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
 from regard.modeling.losses import WeightedLosses
 
+DOUBT = 0.1  # a number rounded by more is looked at again
 OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
 
 
@@ -193,13 +194,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         memory: torch.Tensor,
         grid: Sequence[int],
         window: range | slice,
-        gaze: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        gaze: tuple[torch.Tensor, ...] | None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits `(batch, slots, vocab_size)` of the slots in `window` and the weights of their last look.
 
-        `gaze` says where the slots are to look: coordinates and occupancy of the cells `(batch, cells)` and number of
-        tokens `(batch, 1)`.
+        `gaze` says where the slots are to look: see `Gaze`, whose first three parts are used.
         """
         slot = self.config.slot_config
         index = torch.arange(window.start, window.stop, device=memory.device)
@@ -213,7 +213,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         if gaze is not None:
             boundaries = self.boundaries.to(values.dtype).expand(memory.shape[0], -1, -1)
             keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
-            position_bias, distance = self._gaze(*gaze, index)
+            position_bias, distance = self._gaze(*gaze[:3], index)
             slots = slots + self.distance_proj(distance.to(slots.dtype))
             position_bias = position_bias[:, None]  # (batch, 1, slots, memory): the same for all heads
         neighbours = None
@@ -353,7 +353,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         coordinates, counts = targets["coordinates"].clone(), targets["counts"].clone()
         count = attention_mask.sum(1, keepdim=True).to(counts.dtype)
         free = (torch.rand(len(counts), device=counts.device) >= self.config.teacher_forcing) | ~targets["known"]
-        predicted, numbers, count_pred = self.counter.gaze(cells.logits[free].sigmoid(), cells.line_offset[free])
+        predicted, numbers, count_pred, *_ = self.counter.gaze(cells.logits[free].sigmoid(), cells.line_offset[free])
         error = (predicted - coordinates[free]).abs().masked_fill(counts[free] == 0, 0).amax(1, keepdim=True)
         close = (torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5) | ~targets["known"][free, None]
         coordinates[free] = torch.where(close, predicted, coordinates[free])
@@ -426,7 +426,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         """Read images `(batch, 1, height, width)`: their tokens, how sure each is and where it was seen.
 
         Only the slots that the predicted number asks for are computed, with as many more as their neighbours can
-        feel; the result is that of computing all.
+        feel; the result is that of computing all. Where the counter is in doubt, and the configuration's `second_look`
+        says how to choose, the characters are read with one more or one less as well, and the better reading is kept.
 
         Args:
             max_slots: most tokens of one image, start and end included; `num_slots` if None.
@@ -438,7 +439,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         if max_slots is not None and max_slots < 2:
             raise ValueError(f"max_slots={max_slots} must be at least 2: start and end are tokens too.")
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
-        tokens, scores, boxes, length, count_pred = self.read_slots(pixel_values, limit)
+        tokens, scores, boxes, length, count_pred = self.read_slots(pixel_values, limit, look_again=True)
         cut = [int(n) for n in length]
         return ImageTextSlotReading(
             sequences=[row[:n] for row, n in zip(tokens, cut, strict=True)],
@@ -448,11 +449,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         )
 
     @torch.no_grad()
-    def read_slots(self, pixel_values: torch.Tensor, limit: int) -> tuple[torch.Tensor, ...]:
+    def read_slots(self, pixel_values: torch.Tensor, limit: int, look_again: bool = False) -> tuple[torch.Tensor, ...]:
         """What `read` cuts to each image's length.
 
         Args:
             limit: most tokens of one image; at most `num_slots`.
+            look_again: settle doubts about the number by a second look, as `read` does.
 
         Returns:
             tokens `(batch, slots)`, their scores `(batch, slots)` and boxes `(batch, slots, 4)`, how many tokens to
@@ -463,12 +465,22 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         count_pred, cells = self._count(memory, grid)
         gaze = None
         if cells is not None and config.slot_config.position_sharpness > 0:
-            gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
-            count_pred = gaze[2]
-        length = count_pred.round().long().clamp(2, limit)  # (batch, 1)
-        num_slots = length.max() + 2 + config.slot_config.reach
-        num_slots = num_slots.clamp(max=config.num_slots).item()  # a symbol when exported
-        logits, weights = self._decode(memory, grid, slice(0, num_slots), gaze, need_weights=True)
+            numbers = cells.logits.sigmoid(), cells.line_offset
+            gaze = self.counter.gaze(*numbers)
+        length, logits, weights = self._look(memory, grid, gaze, count_pred, limit)
+        if look_again and gaze is not None and config.counter_config.second_look is not None:
+            doubtful = (gaze.doubts.abs() > DOUBT) & (gaze.doubts.abs() <= 0.5)
+            if doubtful.any():
+                change = doubtful * gaze.doubts.sign()
+                other = self.counter.gaze(*numbers, change)
+                _, other_logits, _ = self._look(memory, grid, other, count_pred, limit)
+                change = change * (self._preference(gaze, logits, other, other_logits) > 0)
+                if change.any():
+                    gaze = self.counter.gaze(*numbers, change)
+                    length, logits, weights = self._look(memory, grid, gaze, count_pred, limit)
+        if gaze is not None:
+            count_pred = gaze.count
+        num_slots = logits.shape[1]
         scores, tokens = logits.float().softmax(-1).max(-1)
         boxes = self._regions(weights.float().mean(1), *grid)
         if cells is not None:  # the end token and the counter nearly agree: within two slots the token decides
@@ -478,6 +490,49 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             length = first.clamp(max=limit)[:, None]
         special = (tokens == config.bos_token_id) | (tokens == config.eos_token_id)
         return tokens, scores, boxes.masked_fill(special[..., None], torch.nan), length[:, 0], count_pred
+
+    def _look(
+        self, memory: torch.Tensor, grid: Sequence[int], gaze: Gaze | None, count_pred: torch.Tensor, limit: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Number of tokens to keep `(batch, 1)`, and logits and weights of the slots that are needed for them."""
+        count = count_pred if gaze is None else gaze.count
+        length = count.round().long().clamp(2, limit)
+        num_slots = length.max() + 2 + self.config.slot_config.reach
+        num_slots = num_slots.clamp(max=self.config.num_slots).item()  # a symbol when exported
+        return length, *self._decode(memory, grid, slice(0, num_slots), gaze, need_weights=True)
+
+    def second_look_features(
+        self, gaze: Gaze, logits: torch.Tensor, other: Gaze, other_logits: torch.Tensor
+    ) -> torch.Tensor:
+        """By what `read` chooses between two readings of each group of characters, `(batch, groups, 4)`: the log odds
+        of the number that was rounded away, how much surer the other reading is of the group's characters in sum and
+        in mean, and how many more of its characters repeat the one before."""
+        odds = gaze.doubts.abs().clamp(1e-3, 1 - 1e-3).logit()
+        changes = [
+            b - a for a, b in zip(self._sureness(gaze, logits), self._sureness(other, other_logits), strict=True)
+        ]
+        return torch.stack((odds, *changes), dim=-1)
+
+    @staticmethod
+    def _sureness(gaze: Gaze, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each group of characters, `(batch, groups)`: log-probability in sum and in mean, and repetitions."""
+        scores, tokens = logits.float().log_softmax(-1).max(-1)  # (batch, slots)
+        ends = gaze.numbers.cumsum(1)
+        index = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        inside = (index >= 1) & (index <= ends[:, -1:])  # neither start nor end
+        group = torch.searchsorted(ends, index - 0.5).clamp(max=ends.shape[1] - 1)
+        zero = torch.zeros_like(ends)
+        total = zero.scatter_add(1, group, scores * inside)
+        again = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:] & inside[:, :-1]).float()
+        before = again * (group[:, 1:] != group[:, :-1])  # a repetition over a gap counts on both sides
+        repeats = zero.scatter_add(1, group[:, 1:], again).scatter_add(1, group[:, :-1], before)
+        return total, total / gaze.numbers.clamp(min=1), repeats
+
+    def _preference(self, *readings) -> torch.Tensor:
+        """Above 0 where the second of two readings is to be preferred, `(batch, groups)`."""
+        features = self.second_look_features(*readings)
+        *weights, bias = self.config.counter_config.second_look
+        return features @ features.new_tensor(weights) + bias
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
         """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.

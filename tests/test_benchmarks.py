@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,8 +141,23 @@ def test_the_counter_is_calibrated_and_saved(root: Path, fonts: str, tiny_checkp
         [sys.executable, script, *arguments], capture_output=True, text=True, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr
-    shift = float(done.stdout.rsplit(": ", 1)[1])
+    shift, weights = re.findall(r"right: (-?[\d.]+)\. Second look: (None|\[.*\]),", done.stdout)[0]
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "saved"))
     change = after["counter.presence.bias"].float() - before["counter.presence.bias"].float()
-    assert change.item() == pytest.approx(shift, abs=1e-2)
+    assert change.item() == pytest.approx(float(shift), abs=1e-2)
     assert after["slots"].dtype == torch.float16
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["counter_config"]["second_look"]
+    assert str(saved) == weights
+
+
+def test_the_second_look_learns_which_reading_to_keep(root: Path, monkeypatch):
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    fit = importlib.import_module("calibrate_counter").fit
+    torch.manual_seed(0)
+    features = torch.randn(400, 4)
+    labels = (features @ torch.tensor([1.0, 2.0, 0.0, -3.0]) > 1).float()
+    *weights, bias = fit(features, labels)
+    assert weights[3] < 0 < weights[0] < weights[1]
+    assert abs(weights[2]) < 0.5
+    assert bias < 0
+    assert fit(features, torch.zeros(400)) is None

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
-from regard.modeling.image_text_slot_counter import CellCounts
-from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.modeling.image_text_slot_counter import CellCounts, Gaze
+from regard.modeling.modeling_image_text_slot import DOUBT, ImageTextSlotModel
 
 
 def tiny(**changes) -> Any:
@@ -26,6 +26,54 @@ def test_gaze_leads_each_slot_to_its_cell():
     first, second = distance[0, 3], distance[0, 4]  # in one cell: the slot is told which of the two it is
     torch.testing.assert_close(first[:3], -second[:3], rtol=0, atol=0.05)
     assert first[1] == pytest.approx(math.sin(-0.5 * math.pi), abs=0.05)
+
+
+def in_doubt(second_look) -> Any:
+    """A model whose counter is nearly everywhere in doubt."""
+    torch.manual_seed(0)
+    counter = {**PRESETS["tiny"]["counter_config"], "second_look": second_look}
+    model: Any = ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny", counter_config=counter)).eval()
+    model.counter.presence.bias.data.fill_(-4.0)
+    model.counter.presence.weight.data.mul_(3)
+    return model
+
+
+@torch.no_grad()
+def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
+    pixel_values = torch.randn(3, 1, 128, 128)
+    model = in_doubt(None)
+    first = model.read(pixel_values)
+    cells = model.counter(*model.encode(pixel_values))
+    gaze = model.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
+    doubtful = (gaze.doubts.abs() > DOUBT) & (gaze.doubts.abs() <= 0.5)
+    assert doubtful.sum(1).min() > 0
+    never, always = (in_doubt([0, 0, 0, 0, bias]).read(pixel_values) for bias in (-1, 1))
+    for a, b in zip(first.sequences, never.sequences, strict=True):
+        assert torch.equal(a, b)
+    changed = gaze.count + (doubtful * gaze.doubts.sign()).sum(1, keepdim=True)
+    assert torch.equal(always.count_pred, changed)
+    assert not torch.equal(changed, gaze.count)
+    weighing = in_doubt([1.0, 1.0, 1.0, -1.0, 2.0])
+    for index, sequence in enumerate(weighing.read(pixel_values).sequences):
+        assert torch.equal(weighing.read(pixel_values[index : index + 1]).sequences[0], sequence)
+
+
+@torch.no_grad()
+def test_what_a_second_look_goes_by():
+    model = tiny()
+    logits = torch.full((1, 6, 512), -20.0)
+    for slot, (token, score) in enumerate([(1, 0.0), (9, 1.0), (9, 2.0), (8, 3.0), (8, 4.0), (2, 0.0)]):
+        logits[0, slot, token] = score
+    zeros = torch.zeros(1, 2)
+    gaze = Gaze(zeros, zeros, torch.tensor([[6.0]]), torch.tensor([[1.0, 2.0, 0.0, 1.0]]), torch.full((1, 4), -0.25))
+    surety = logits.log_softmax(-1).amax(-1)[0]
+    total, mean, repeats = model._sureness(gaze, logits)
+    torch.testing.assert_close(total[0], torch.stack((surety[1], surety[2] + surety[3], surety[0] * 0, surety[4])))
+    torch.testing.assert_close(mean[0], total[0] / torch.tensor([1, 2, 1, 1]))
+    assert repeats[0].tolist() == [1, 2, 0, 1]  # 9 twice over the first gap, 8 over the next
+    features = model.second_look_features(gaze, logits, gaze, logits)
+    assert features[0, :, 0].tolist() == pytest.approx([math.log(0.25 / 0.75)] * 4)
+    assert not features[..., 1:].any()
 
 
 @torch.no_grad()

@@ -99,8 +99,10 @@ class ImageTextSlotDataArguments:
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": "folder of images with metadata.jsonl or .csv (file_name, text), or Hub data set with columns "
-            "pixel_values and text; default: generated images"},
+        metadata={
+            "help": "folder of images with metadata.jsonl or .csv (file_name, text), or Hub data set with columns "
+            "pixel_values and text; default: generated images"
+        },
     )
     train_split: str = field(default="train", metadata={"help": "split of `dataset` to learn from"})
     eval_split: str = field(default="validation", metadata={"help": "split of `dataset` to evaluate on"})
