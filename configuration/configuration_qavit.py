@@ -1,7 +1,7 @@
 """Configuration of QAViT, the image classifier and backbone with four attentions side by side."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -45,7 +45,8 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over the blocks.
         initializer_range: standard deviation of all weights at the start; None gives each layer the inverse root of
             its fan-in, because 0.02 is that of layers 2,500 wide and hardly passes anything on in narrow ones.
-        out_features: names of the hidden states that a backbone returns: "stem", "stage1", "stage2", ...
+        out_features: names of the hidden states that a backbone returns: "stem", "stage1", "stage2", ... Default: the
+            last one, also after a change of `depth`.
         out_indices: their indices, in place of names.
     """
 
@@ -89,6 +90,19 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value):
+        # `from_pretrained(folder, depth=8)` sets the depth of a configuration that is complete.
+        moves_last = self.attribute_map.get(name, name) == "depth" and self.out_features == self.stage_names[-1:]
+        super().__setattr__(name, value)
+        if moves_last:
+            self.set_output_features_output_indices(out_features=None, out_indices=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if self.out_features == self.stage_names[-1:]:  # the default, which a later depth moves
+            del output["out_features"], output["out_indices"]
+        return output
+
     def validate_architecture(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}.")
@@ -115,6 +129,7 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"kv_pool_size={self.kv_pool_size} must be a square number such as 64.")
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} must be at least 1.")
+        self.verify_out_features_out_indices()
 
     @property
     def compressed_dim(self) -> int:
@@ -132,9 +147,9 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         - `"tiny"`: the default, 224 px in patches of 16.
         - `"small"`: wider and deeper; its blocks share their attention projections.
-        - `"tiny-32"`: for images of 32 px (28 px work too), patches of 4, convolutional stem. As many parameters as tiny
-          in half as many blocks with four times as wide feed-forwards, which learns faster (`benchmarks/classify.py
-          ablations`).
+        - `"tiny-32"`: for images of 32 px (28 px work too), patches of 4, convolutional stem. As many parameters as
+          tiny in half as many blocks with four times as wide feed-forwards, which learns faster
+          (`benchmarks/classify.py ablations`).
         - `"as_described"`: tiny as the design was first described, as far as it can be built. It keeps attention of
           the channel groups over tokens, one static weight for each branch, a bank that learns nothing from the image,
           a feed-forward convolution without shortcut and norm, and weights that start at 0.02. It does not keep what

@@ -231,7 +231,7 @@ def test_the_feed_forwards_shortcut_adds_what_the_convolution_is_given():
     inputs = torch.randn(2, 6, 5, 4)
     torch.testing.assert_close(with_shortcut(inputs), inputs + plain(inputs))
     gradients = [torch.autograd.grad((model(inputs) ** 2).sum(), model.weight)[0] for model in (with_shortcut, plain)]
-    assert not torch.allclose(*gradients)
+    assert not torch.allclose(gradients[0], gradients[1])
     (by_hand,) = torch.autograd.grad(((inputs + plain(inputs)) ** 2).sum(), plain.weight)
     torch.testing.assert_close(gradients[0], by_hand)
 
@@ -367,6 +367,27 @@ def test_backbone_gives_feature_maps(tmp_path):
     assert len(named(pixel_values, output_hidden_states=True).hidden_states) == 3
     named.save_pretrained(tmp_path / "backbone")
     assert json.loads((tmp_path / "backbone/config.json").read_text())["out_features"] == ["stage1"]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("model_class", [QAViTForImageClassification, QAViTBackbone])
+def test_a_backbone_of_another_depth_returns_its_last_stage(model_class, depth, tmp_path):
+    micro().save_pretrained(tmp_path)
+    model_class.from_pretrained(tmp_path, num_hidden_layers=depth).save_pretrained(tmp_path / "cut")
+    assert QAViTBackbone.from_pretrained(tmp_path / "cut").out_features == [f"stage{depth}"]
+    assert "out_features" not in json.loads((tmp_path / "cut/config.json").read_text())
+    config = QAViTConfig(**{**QAViTConfig.from_preset("micro").to_dict(), "depth": depth})
+    assert config.out_indices == [depth]
+
+
+def test_stages_asked_for_stay_at_another_depth(tmp_path):
+    QAViTConfig.from_preset("micro", out_indices=[0, 1]).save_pretrained(tmp_path)
+    config = QAViTConfig.from_pretrained(tmp_path, depth=4)
+    assert config.out_features == ["stem", "stage1"]
+    config = QAViTConfig.from_preset("micro", out_features=["stage1", "stage2"])
+    config.depth = 1
+    with pytest.raises(Exception, match="stage2"):
+        config.save_pretrained(tmp_path)
 
 
 def test_stock_pipeline_classifies(tmp_path):
