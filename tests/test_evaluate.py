@@ -13,7 +13,7 @@ import regard_cli
 from regard.classify import Classifier
 from regard.cli import Worker
 from regard.data.image_classification import load_labelled_images
-from regard.evaluate import choose_data, score_classifier, score_reader
+from regard.evaluate import choose_data, choose_labelled_images, score_classifier, score_reader
 from regard.read import Reader
 
 
@@ -106,6 +106,21 @@ def test_fewer_images_with_classes(class_folder: Path, tiny_classifier: Path, ca
     arguments = ["--dataset", str(class_folder), "--images", "2", "--device", "cpu"]
     assert regard_cli.main(["evaluate", str(tiny_classifier), *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["clothes", "2"]
+
+
+def test_fewer_images_are_chosen_by_seed(class_folder: Path):
+    """The folder has its three coats before its four ties."""
+
+    def labels(*arguments: str) -> list[int]:
+        options = regard_cli.build_parser().parse_args(["evaluate", "x", "--dataset", str(class_folder), *arguments])
+        (data,) = choose_labelled_images(options, ["Coat", "Tie"]).values()
+        return data["label"][:]
+
+    assert labels() == labels("--images", "7", "--seed", "3") == [0, 0, 0, 1, 1, 1, 1]
+    chosen = [labels("--images", "3", "--seed", str(seed)) for seed in range(6)]
+    assert chosen[0] == labels("--images", "3")
+    assert any(1 in each for each in chosen)
+    assert len({tuple(each) for each in chosen}) > 1
 
 
 def without_memory_for_more_than(number: int, worker: Worker, monkeypatch: pytest.MonkeyPatch):

@@ -106,7 +106,7 @@ def choose_data(options: argparse.Namespace) -> dict[str, Any]:
     """The data sets that the options name, each a sequence of `{"pixel_values": image, "text": str}`."""
     if options.dataset:
         data = cast(Dataset, load_text_images(options.dataset, split=options.split))
-        return {Path(options.dataset).name: _at_most(data, options.images)}
+        return {Path(options.dataset).name: _at_most(data, options.images, options.seed)}
     tiers = options.tiers.split(",") if options.tiers else list(TIERS)
     split, size = options.split or DEFAULT_SPLIT, options.images or IMAGES_A_TIER
     return {tier: RenderedTextDataset(split, tiers=tier, size=size, seed=options.seed) for tier in tiers}
@@ -125,7 +125,7 @@ def choose_labelled_images(options: argparse.Namespace, known: Sequence[str]) ->
         )
     data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, seed=options.seed)
     match_labels(data, known)
-    return {Path(options.dataset).name: _at_most(data, options.images)}
+    return {Path(options.dataset).name: _at_most(data, options.images, options.seed)}
 
 
 def match_labels(data: Dataset, known: Sequence[str]) -> list[int]:
@@ -147,8 +147,9 @@ def _list_some(names: Sequence[str]) -> str:
     return ", ".join([*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])])
 
 
-def _at_most(data: Dataset, number: int | None) -> Dataset:
-    return data if number is None else data.select(range(min(number, len(data))))
+def _at_most(data: Dataset, number: int | None, seed: int) -> Dataset:
+    """So many rows, by chance: a folder has them class by class."""
+    return data if number is None or number >= len(data) else data.shuffle(seed=seed).select(range(number))
 
 
 def score_reader(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda images: None) -> dict[str, Any]:
