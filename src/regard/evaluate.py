@@ -33,6 +33,7 @@ from regard.metrics.image_classification.image_classification import ImageClassi
 from regard.metrics.text_recognition.text_recognition import TextRecognition
 from regard.processing.image_io import open_image
 from regard.read import Reader
+from regard.train_settings import held_out_by
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 IMAGES_A_TIER = 1000
@@ -123,7 +124,8 @@ def choose_labelled_images(options: argparse.Namespace, known: Sequence[str]) ->
             f"{options.model} is a classifier: name images with classes by --dataset (a folder FOLDER/CLASS/IMAGE, "
             "fashion-mnist, cifar-10:PATH, cifar-100:PATH or a Hub data set); --tiers are texts"
         )
-    data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, seed=options.seed)
+    held_out = held_out_by(options.model, options.seed)
+    data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, **held_out)
     match_labels(data, known)
     return {Path(options.dataset).name: _at_most(data, options.images, options.seed)}
 

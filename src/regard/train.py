@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from regard.card import SETTINGS_NAME, write_card
+from regard.card import write_card
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
@@ -47,6 +47,7 @@ from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.processing.tokenization_question import train_question_tokenizer
 from regard.train_counting import CountDataArguments, CountModelArguments, build_sequential_attention_counting
 from regard.train_settings import (
+    SETTINGS_NAME,
     ModelArguments,
     OverridingModelArguments,
     SettingsError,
