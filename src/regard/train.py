@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 
 from regard.card import write_card
@@ -395,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         recipe, model_args, data_args, training_args = parse_settings(arguments)
+        check_outputs(training_args)
         checkpoint = find_checkpoint(training_args)
         finished = checkpoint if checkpoint is not None and is_finished(checkpoint, training_args) else None
         if finished is not None and is_saved(finished, training_args):
@@ -422,6 +425,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
+
+
+def check_outputs(training_args: TrainingArguments) -> None:
+    """Make the output folder.
+
+    Raises:
+        SettingsError: that is not possible, or TensorBoard is asked for and not installed.
+    """
+    folder = Path(str(training_args.output_dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SettingsError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from error
+    if "tensorboard" in (training_args.report_to or ()) and not is_tensorboard_available():
+        raise SettingsError("report_to: `pip install tensorboard` first, or set report_to: none")
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
