@@ -245,7 +245,8 @@ def test_recipes_are_accepted(root: Path, name, tmp_path):
     config = QAViTConfig.from_preset(model_args.preset, **model_args.config_overrides)
     assert config.image_size == {"fashion_mnist": 28, "cifar100": 32, "imagenet": 224}[name]
     assert data_args.dataset
-    assert training_args.learning_rate == 1e-3
+    assert training_args.learning_rate == {"fashion_mnist": 3e-3, "cifar100": 1e-3, "imagenet": 1e-3}[name]
+    assert training_args.muon_learning_rate == {"fashion_mnist": 3e-3, "cifar100": 0, "imagenet": 0}[name]
     assert training_args.weight_decay == 0.05
     assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
