@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from regard.configuration.configuration_qavit import BRANCHES, QAViTConfig
 from regard.modeling.grid_attention import ChannelAttention, GridAttention, Partition, pool_grid
 from regard.modeling.layers import DepthwiseConv2d
-from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification
+from regard.modeling.modeling_qavit import QAViTBackbone, QAViTFeedForward, QAViTForImageClassification
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 
 
@@ -234,6 +234,27 @@ def test_the_feed_forwards_shortcut_adds_what_the_convolution_is_given():
     assert not torch.allclose(gradients[0], gradients[1])
     (by_hand,) = torch.autograd.grad(((inputs + plain(inputs)) ** 2).sum(), plain.weight)
     torch.testing.assert_close(gradients[0], by_hand)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_feed_forward_equals_its_formula(shortcut):
+    torch.manual_seed(0)
+    mlp: Any = QAViTFeedForward(QAViTConfig.from_preset("micro", ffn_shortcut=shortcut))
+    grid = torch.randn(2, 4, 5, 64)
+    x = mlp.up_proj(grid)
+    kernels = mlp.conv.weight[:, 0]  # (width, 3, 3)
+    padded = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+    convolved = mlp.conv.bias + sum(
+        padded[:, row : row + 4, column : column + 5] * kernels[:, row, column] for row in range(3) for column in range(3)
+    )
+    if shortcut:
+        nn.init.normal_(mlp.norm.weight)
+        seen = nn.functional.layer_norm(x + convolved, (x.shape[-1],), mlp.norm.weight, mlp.norm.bias, 1e-6)
+    else:
+        assert mlp.norm is None
+        seen = convolved
+    torch.testing.assert_close(mlp(grid), mlp.down_proj(nn.functional.gelu(seen)))
 
 
 @torch.no_grad()
