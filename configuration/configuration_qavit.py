@@ -8,6 +8,10 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 BRANCHES = ("window", "dilated", "channel", "bank")
+_COUNTS = (
+    "image_size patch_size num_channels embed_dim depth num_heads compress_ratio bottleneck_ratio window_size "
+    "num_channel_groups global_bank_size global_bank_rank kv_pool_size"
+).split()
 
 
 @strict
@@ -104,9 +108,16 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return output
 
     def validate_architecture(self):
+        for name in _COUNTS:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must make a feed-forward at least 1 wide.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be at least 0 and below 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}.")
-        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+        if self.stem == "conv" and (self.patch_size == 1 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f'stem="conv" needs a patch_size that is a power of two, not {self.patch_size}.')
         if self.embed_dim % self.compress_ratio or self.embed_dim % self.bottleneck_ratio:
             raise ValueError(
@@ -125,10 +136,8 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"dilation_factors={self.dilation_factors} must be 1 or more each, and no more of them than "
                 f"num_heads={self.num_heads}."
             )
-        if math.isqrt(self.kv_pool_size) ** 2 != self.kv_pool_size or self.kv_pool_size < 1:
+        if math.isqrt(self.kv_pool_size) ** 2 != self.kv_pool_size:
             raise ValueError(f"kv_pool_size={self.kv_pool_size} must be a square number such as 64.")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1.")
         self.verify_out_features_out_indices()
 
     @property

@@ -246,7 +246,9 @@ def test_a_feed_forward_equals_its_formula(shortcut):
     kernels = mlp.conv.weight[:, 0]  # (width, 3, 3)
     padded = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
     convolved = mlp.conv.bias + sum(
-        padded[:, row : row + 4, column : column + 5] * kernels[:, row, column] for row in range(3) for column in range(3)
+        padded[:, row : row + 4, column : column + 5] * kernels[:, row, column]
+        for row in range(3)
+        for column in range(3)
     )
     if shortcut:
         nn.init.normal_(mlp.norm.weight)
@@ -352,13 +354,29 @@ def test_shares_of_classes_as_labels():
         {"branches": []},
         {"dilation_factors": [1, 2, 3, 4, 5]},
         {"kv_pool_size": 10},
-        {"depth": 0},
     ],
     ids=str,
 )
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(Exception, match=f"{list(wrong)[-1]}|width"):
         QAViTConfig.from_preset("micro", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("window_size", "num_heads", "patch_size", "compress_ratio") for value in (0, -1)),
+        *((name, 0) for name in ("bottleneck_ratio", "num_channel_groups", "global_bank_size", "global_bank_rank")),
+        *((name, 0) for name in ("image_size", "num_channels", "embed_dim", "depth", "kv_pool_size", "mlp_ratio")),
+        ("mlp_ratio", -0.5),
+        ("drop_path_rate", -0.1),
+        ("drop_path_rate", 1.0),
+    ],
+)
+def test_a_number_out_of_range_is_named(name, value):
+    with pytest.raises(Exception, match=f"{name}={value} must") as caught:
+        QAViTConfig.from_preset("micro", **{name: value})
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_an_unknown_preset_is_refused():
