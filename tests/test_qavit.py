@@ -284,6 +284,17 @@ def test_parameters_of_a_hundred_classes(preset, low, high):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("preset", ["small", "as_described"])
+def test_presets_run_on_a_small_image(preset):
+    torch.manual_seed(0)
+    model = QAViTForImageClassification(QAViTConfig.from_preset(preset, num_labels=5)).eval()
+    outputs = model(torch.randn(2, 3, 48, 64))
+    assert outputs.logits.shape == (2, 5)
+    assert torch.isfinite(outputs.logits).all()
+    assert not torch.allclose(outputs.logits[0], outputs.logits[1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("preset", "sizes"), [("tiny", (192, 224, 256)), ("tiny-32", (28, 32))])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_any_size_that_the_patch_divides(preset, sizes, implementation):
