@@ -190,3 +190,12 @@ def test_no_image_is_lost_where_batches_are_halved(
     without_memory_for_more_than(0, classifier, monkeypatch)
     with pytest.raises(MemoryError, match="single image"):
         score_classifier(classifier, load_labelled_images(class_folder, "test"))
+
+
+def test_figures_are_of_the_size_that_ran(class_folder: Path, tiny_classifier: Path, monkeypatch):
+    classifier, done = Classifier(str(tiny_classifier), "cpu", None, 7), []
+    without_memory_for_more_than(3, classifier, monkeypatch)
+    scores = score_classifier(classifier, load_labelled_images(class_folder, "test"), done.append)
+    assert done == [3, 3, 1]
+    assert (scores["images"], scores["batch_size"]) == (7, 3)
+    assert scores["images_per_second"] == pytest.approx(3000 / scores["ms_per_batch"])

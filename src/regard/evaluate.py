@@ -216,10 +216,10 @@ def score_classifier(classifier: Classifier, data: Dataset, advance=lambda image
 def _run_all(
     worker: Worker, data: Sequence[Mapping[str, Any]] | Dataset, advance: Callable[[int], Any]
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[dict[str, Any]], float]]:
-    """Samples, their results, and the seconds that the model took, batch by batch."""
-    size = worker.batch_size  # the worker's own may shrink on the way
-    for start in range(0, len(data), size):
-        samples = [data[index] for index in range(start, min(start + size, len(data)))]
+    """Samples, their results, and the seconds that the model took, batch by batch, each of which ran whole."""
+    start = 0
+    while start < len(data):
+        samples = [data[index] for index in range(start, min(start + worker.batch_size, len(data)))]
         prepared = [worker.prepare(open_image(sample["pixel_values"])) for sample in samples]
         begin = time.perf_counter()
         results = worker.run(prepared)
@@ -227,8 +227,11 @@ def _run_all(
         for result in results:
             if isinstance(result, MemoryError):
                 raise result
+        if worker.batch_size < len(samples):  # memory did not suffice: again, that the time be of the size that runs
+            continue
         yield samples, cast(list[dict[str, Any]], results), seconds
         advance(len(samples))
+        start += len(samples)
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
