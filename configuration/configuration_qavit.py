@@ -1,13 +1,17 @@
 """Configuration of QAViT, the image classifier and backbone with four attentions side by side."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 BRANCHES = ("window", "dilated", "channel", "bank")
+_COUNTS = (
+    "image_size patch_size num_channels embed_dim depth num_heads compress_ratio bottleneck_ratio window_size "
+    "num_channel_groups global_bank_size global_bank_rank kv_pool_size"
+).split()
 
 
 @strict
@@ -45,7 +49,8 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over the blocks.
         initializer_range: standard deviation of all weights at the start; None gives each layer the inverse root of
             its fan-in, because 0.02 is that of layers 2,500 wide and hardly passes anything on in narrow ones.
-        out_features: names of the hidden states that a backbone returns: "stem", "stage1", "stage2", ...
+        out_features: names of the hidden states that a backbone returns: "stem", "stage1", "stage2", ... Default: the
+            last one, also after a change of `depth`.
         out_indices: their indices, in place of names.
     """
 
@@ -89,10 +94,30 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value):
+        # `from_pretrained(folder, depth=8)` sets the depth of a configuration that is complete.
+        moves_last = self.attribute_map.get(name, name) == "depth" and self.out_features == self.stage_names[-1:]
+        super().__setattr__(name, value)
+        if moves_last:
+            self.set_output_features_output_indices(out_features=None, out_indices=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if self.out_features == self.stage_names[-1:]:  # the default, which a later depth moves
+            del output["out_features"], output["out_indices"]
+        return output
+
     def validate_architecture(self):
+        for name in _COUNTS:
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must make a feed-forward at least 1 wide.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be at least 0 and below 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}.")
-        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+        if self.stem == "conv" and (self.patch_size == 1 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f'stem="conv" needs a patch_size that is a power of two, not {self.patch_size}.')
         if self.embed_dim % self.compress_ratio or self.embed_dim % self.bottleneck_ratio:
             raise ValueError(
@@ -111,10 +136,9 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"dilation_factors={self.dilation_factors} must be 1 or more each, and no more of them than "
                 f"num_heads={self.num_heads}."
             )
-        if math.isqrt(self.kv_pool_size) ** 2 != self.kv_pool_size or self.kv_pool_size < 1:
+        if math.isqrt(self.kv_pool_size) ** 2 != self.kv_pool_size:
             raise ValueError(f"kv_pool_size={self.kv_pool_size} must be a square number such as 64.")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1.")
+        self.verify_out_features_out_indices()
 
     @property
     def compressed_dim(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
 from regard.processing.image_io import ImageReadError, open_image
@@ -73,12 +74,26 @@ def open_or_warn(value: Any) -> PILImage.Image | None:
         return None
 
 
+def load_named(source: str, **options) -> Any:
+    """`load_dataset`, with an error that a misspelt folder, too, can be recognised by.
+
+    Raises:
+        FileNotFoundError: there is no such data set, or the Hub cannot be reached.
+    """
+    try:
+        return load_dataset(source, **options)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source}: no such folder, nor a data set on the Hub that can be reached ({error})"
+        ) from error
+
+
 def read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset]:
     """The splits, by the source's own names, of a `datasets` object, whose sole split is "train", or of what
     `load_dataset` takes.
 
     Raises:
-        FileNotFoundError: the source is a folder that is not there.
+        FileNotFoundError: there is no such folder, nor a data set on the Hub that can be reached.
     """
     if isinstance(source, Dataset):
         return {"train": source}
@@ -86,7 +101,7 @@ def read_splits(source: str | Path | Dataset | DatasetDict) -> dict[str, Dataset
         folder = Path(source).expanduser()
         if not folder.is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
             raise FileNotFoundError(f"{source}: no such folder")
-        source = cast(DatasetDict, load_dataset(str(folder if folder.is_dir() else source)))
+        source = cast(DatasetDict, load_named(str(folder if folder.is_dir() else source)))
     return {str(split): dataset for split, dataset in source.items()}
 
 
@@ -104,4 +119,12 @@ def drop_damaged(dataset: Dataset) -> Dataset:
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
-__all__ = ["choose_split", "drop_damaged", "labelled_images", "open_or_warn", "open_stored", "read_splits"]
+__all__ = [
+    "choose_split",
+    "drop_damaged",
+    "labelled_images",
+    "load_named",
+    "open_or_warn",
+    "open_stored",
+    "read_splits",
+]

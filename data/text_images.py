@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
-from regard.data.labelled_images import drop_damaged, open_or_warn, open_stored
+from regard.data.labelled_images import drop_damaged, load_named, open_or_warn, open_stored
 from regard.processing.image_io import ImageReadError, find_images
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -56,7 +56,7 @@ def load_text_images(
         dataset = _read_folder(folder, columns)
         columns = {}
     else:
-        dataset = load_dataset(str(Path(source).expanduser()), split=split, streaming=streaming)
+        dataset = load_named(str(Path(source).expanduser()), split=split, streaming=streaming)
         if isinstance(dataset, dict):
             raise ValueError(f"{source} has several splits ({', '.join(map(str, dataset))}); name one as split")
     if streaming and isinstance(dataset, Dataset):

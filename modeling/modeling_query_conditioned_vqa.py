@@ -99,7 +99,8 @@ def load_encoder(source: str) -> PreTrainedModel:
     """Likewise, with published weights from a folder or a Hub repository."""
     config = AutoConfig.from_pretrained(source)
     if isinstance(config, BackboneConfigMixin):
-        return AutoBackbone.from_pretrained(source)
+        # AutoBackbone.from_pretrained takes repositories only.
+        return AutoBackbone._model_mapping[type(cast(PreTrainedConfig, config))].from_pretrained(source)
     return AutoModel.from_pretrained(source, **_without_pooling(config))
 
 

@@ -449,7 +449,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="of generated texts and scenes, and of a validation split held out (default: 0)",
+        help="of generated texts and scenes, of the choice by --images of yours, and of a validation split held out "
+        "where the model's training does not tell (default: 0)",
     )
     evaluate.add_argument("--output", metavar="FILE", help="write figures, versions and machine to FILE as JSON")
     add_computing(evaluate, 32)

@@ -10,9 +10,10 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from regard.card import EVALUATION_NAME, SETTINGS_NAME, evaluation_results, write_card
+from regard.card import EVALUATION_NAME, evaluation_results, write_card
 from regard.hub import find_verb
 from regard.train import parse_settings
+from regard.train_settings import SETTINGS_NAME
 from regard_cli import main
 
 BUNDLED = sorted(path.parent for path in (Path(__file__).resolve().parent.parent / "model_cards").glob("*/config.json"))

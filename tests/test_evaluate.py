@@ -5,16 +5,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 
 import regard_cli
+from regard import evaluate_counting, evaluate_questions
 from regard.classify import Classifier
 from regard.cli import Worker
 from regard.data.image_classification import load_labelled_images
-from regard.evaluate import choose_data, score_classifier, score_reader
+from regard.evaluate import choose_data, choose_labelled_images, score_classifier, score_reader
 from regard.read import Reader
+from regard.train_settings import SETTINGS_NAME
 
 
 @pytest.fixture
@@ -108,6 +111,62 @@ def test_fewer_images_with_classes(class_folder: Path, tiny_classifier: Path, ca
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["clothes", "2"]
 
 
+def test_fewer_images_are_chosen_by_seed(class_folder: Path):
+    """The folder has its three coats before its four ties."""
+
+    def labels(*arguments: str) -> list[int]:
+        options = regard_cli.build_parser().parse_args(["evaluate", "x", "--dataset", str(class_folder), *arguments])
+        (data,) = choose_labelled_images(options, ["Coat", "Tie"]).values()
+        return data["label"][:]
+
+    assert labels() == labels("--images", "7", "--seed", "3") == [0, 0, 0, 1, 1, 1, 1]
+    chosen = [labels("--images", "3", "--seed", str(seed)) for seed in range(6)]
+    assert chosen[0] == labels("--images", "3")
+    assert any(1 in each for each in chosen)
+    assert len({tuple(each) for each in chosen}) > 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"validation_size": 3}, {"split_seed": 8}, {"validation_size": 2, "split_seed": 7}]
+)
+def test_validation_is_what_the_training_held_out(settings: dict, tmp_path: Path, make_image):
+    for index in range(20):
+        make_image(tmp_path / f"mine/{'ab'[index % 2]}/{index}.png", str(index))
+    run = tmp_path / "run"
+    (run / "checkpoint-1").mkdir(parents=True)
+
+    def chosen(model: Path) -> list:
+        arguments = ["evaluate", str(model), "--dataset", str(tmp_path / "mine"), "--split", "validation"]
+        options = regard_cli.build_parser().parse_args([*arguments, "--seed", "2"])
+        (data,) = choose_labelled_images(options, ["a", "b"]).values()
+        return data.cast_column("pixel_values", datasets.Image(decode=False))[:]["pixel_values"]
+
+    def held_out(validation_size: int = 5000, split_seed: int = 0) -> list:
+        data = load_labelled_images(tmp_path / "mine", "validation", validation_size, split_seed)
+        return data.cast_column("pixel_values", datasets.Image(decode=False))[:]["pixel_values"]
+
+    assert chosen(run) == held_out(split_seed=2)
+    (run / SETTINGS_NAME).write_text(json.dumps(settings))
+    assert chosen(run) == chosen(run / "checkpoint-1") == held_out(**settings)
+
+
+@pytest.mark.parametrize(
+    ("module", "reader", "choose"),
+    [
+        (evaluate_questions, "load_visual_questions", evaluate_questions.choose_questions),
+        (evaluate_counting, "load_counting", evaluate_counting.choose_counting),
+    ],
+)
+def test_so_are_validation_questions_and_objects(module, reader: str, choose, tmp_path: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, reader, lambda *_, **given: seen.append(given))
+    options = regard_cli.build_parser().parse_args(["evaluate", str(tmp_path), "--dataset", "x", "--seed", "2"])
+    choose(options, "validation")
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps({"dataset": "x", "validation_size": 9, "split_seed": 4}))
+    choose(options, "validation")
+    assert seen == [{"seed": 2}, {"validation_size": 9, "seed": 4}]
+
+
 def without_memory_for_more_than(number: int, worker: Worker, monkeypatch: pytest.MonkeyPatch):
     run_batch = worker.run_batch
 
@@ -131,3 +190,12 @@ def test_no_image_is_lost_where_batches_are_halved(
     without_memory_for_more_than(0, classifier, monkeypatch)
     with pytest.raises(MemoryError, match="single image"):
         score_classifier(classifier, load_labelled_images(class_folder, "test"))
+
+
+def test_figures_are_of_the_size_that_ran(class_folder: Path, tiny_classifier: Path, monkeypatch):
+    classifier, done = Classifier(str(tiny_classifier), "cpu", None, 7), []
+    without_memory_for_more_than(3, classifier, monkeypatch)
+    scores = score_classifier(classifier, load_labelled_images(class_folder, "test"), done.append)
+    assert done == [3, 3, 1]
+    assert (scores["images"], scores["batch_size"]) == (7, 3)
+    assert scores["images_per_second"] == pytest.approx(3000 / scores["ms_per_batch"])

@@ -10,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+from regard.data import fashion_mnist
 from regard.data.image_classification import load_labelled_images
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 
@@ -169,3 +170,17 @@ def test_named_data_sets(tmp_path: Path):
         load_labelled_images(f"cifar-100:{tmp_path / 'absent'}", "train")
     with pytest.raises(ValueError, match="cifar-10: say where it is, cifar-10:PATH"):
         load_labelled_images("cifar-10", "train")
+
+
+@pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_fashion_mnist_as_debian_has_it():
+    labels = fashion_mnist.read_idx(fashion_mnist.FOLDER / "train-labels-idx1-ubyte.gz", dimensions=1)
+    assert np.bincount(labels).tolist() == [6000] * 10
+    test, validation = (load_labelled_images("fashion-mnist", split) for split in ("test", "validation"))
+    assert (len(test), len(validation)) == (10_000, 5000)
+    assert np.bincount(test["label"][:]).tolist() == [1000] * 10
+    names = test.features["label"].names
+    assert [names[label] for label in test["label"][:5]] == ["Ankle boot", "Pullover", "Trouser", "Trouser", "Shirt"]
+    for data in (test, validation):
+        assert (data[0]["pixel_values"].mode, data[0]["pixel_values"].size) == ("L", (28, 28))
+        assert 0 < np.asarray(data[0]["pixel_values"]).mean() < 255

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from regard.configuration.configuration_qavit import BRANCHES, QAViTConfig
 from regard.modeling.grid_attention import ChannelAttention, GridAttention, Partition, pool_grid
 from regard.modeling.layers import DepthwiseConv2d
-from regard.modeling.modeling_qavit import QAViTBackbone, QAViTForImageClassification
+from regard.modeling.modeling_qavit import QAViTBackbone, QAViTFeedForward, QAViTForImageClassification
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 
 
@@ -231,9 +231,32 @@ def test_the_feed_forwards_shortcut_adds_what_the_convolution_is_given():
     inputs = torch.randn(2, 6, 5, 4)
     torch.testing.assert_close(with_shortcut(inputs), inputs + plain(inputs))
     gradients = [torch.autograd.grad((model(inputs) ** 2).sum(), model.weight)[0] for model in (with_shortcut, plain)]
-    assert not torch.allclose(*gradients)
+    assert not torch.allclose(gradients[0], gradients[1])
     (by_hand,) = torch.autograd.grad(((inputs + plain(inputs)) ** 2).sum(), plain.weight)
     torch.testing.assert_close(gradients[0], by_hand)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_feed_forward_equals_its_formula(shortcut):
+    torch.manual_seed(0)
+    mlp: Any = QAViTFeedForward(QAViTConfig.from_preset("micro", ffn_shortcut=shortcut))
+    grid = torch.randn(2, 4, 5, 64)
+    x = mlp.up_proj(grid)
+    kernels = mlp.conv.weight[:, 0]  # (width, 3, 3)
+    padded = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+    convolved = mlp.conv.bias + sum(
+        padded[:, row : row + 4, column : column + 5] * kernels[:, row, column]
+        for row in range(3)
+        for column in range(3)
+    )
+    if shortcut:
+        nn.init.normal_(mlp.norm.weight)
+        seen = nn.functional.layer_norm(x + convolved, (x.shape[-1],), mlp.norm.weight, mlp.norm.bias, 1e-6)
+    else:
+        assert mlp.norm is None
+        seen = convolved
+    torch.testing.assert_close(mlp(grid), mlp.down_proj(nn.functional.gelu(seen)))
 
 
 @torch.no_grad()
@@ -258,6 +281,17 @@ def test_parameters_of_a_hundred_classes(preset, low, high):
     number = sum(parameter.numel() for parameter in model.parameters())
     assert low <= number <= high
     assert number == {"tiny": 2_549_684, "small": 5_310_124, "tiny-32": 2_515_948}[preset]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["small", "as_described"])
+def test_presets_run_on_a_small_image(preset):
+    torch.manual_seed(0)
+    model = QAViTForImageClassification(QAViTConfig.from_preset(preset, num_labels=5)).eval()
+    outputs = model(torch.randn(2, 3, 48, 64))
+    assert outputs.logits.shape == (2, 5)
+    assert torch.isfinite(outputs.logits).all()
+    assert not torch.allclose(outputs.logits[0], outputs.logits[1])
 
 
 @torch.no_grad()
@@ -331,13 +365,29 @@ def test_shares_of_classes_as_labels():
         {"branches": []},
         {"dilation_factors": [1, 2, 3, 4, 5]},
         {"kv_pool_size": 10},
-        {"depth": 0},
     ],
     ids=str,
 )
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(Exception, match=f"{list(wrong)[-1]}|width"):
         QAViTConfig.from_preset("micro", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("window_size", "num_heads", "patch_size", "compress_ratio") for value in (0, -1)),
+        *((name, 0) for name in ("bottleneck_ratio", "num_channel_groups", "global_bank_size", "global_bank_rank")),
+        *((name, 0) for name in ("image_size", "num_channels", "embed_dim", "depth", "kv_pool_size", "mlp_ratio")),
+        ("mlp_ratio", -0.5),
+        ("drop_path_rate", -0.1),
+        ("drop_path_rate", 1.0),
+    ],
+)
+def test_a_number_out_of_range_is_named(name, value):
+    with pytest.raises(Exception, match=f"{name}={value} must") as caught:
+        QAViTConfig.from_preset("micro", **{name: value})
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_an_unknown_preset_is_refused():
@@ -367,6 +417,27 @@ def test_backbone_gives_feature_maps(tmp_path):
     assert len(named(pixel_values, output_hidden_states=True).hidden_states) == 3
     named.save_pretrained(tmp_path / "backbone")
     assert json.loads((tmp_path / "backbone/config.json").read_text())["out_features"] == ["stage1"]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("model_class", [QAViTForImageClassification, QAViTBackbone])
+def test_a_backbone_of_another_depth_returns_its_last_stage(model_class, depth, tmp_path):
+    micro().save_pretrained(tmp_path)
+    model_class.from_pretrained(tmp_path, num_hidden_layers=depth).save_pretrained(tmp_path / "cut")
+    assert QAViTBackbone.from_pretrained(tmp_path / "cut").out_features == [f"stage{depth}"]
+    assert "out_features" not in json.loads((tmp_path / "cut/config.json").read_text())
+    config = QAViTConfig(**{**QAViTConfig.from_preset("micro").to_dict(), "depth": depth})
+    assert config.out_indices == [depth]
+
+
+def test_stages_asked_for_stay_at_another_depth(tmp_path):
+    QAViTConfig.from_preset("micro", out_indices=[0, 1]).save_pretrained(tmp_path)
+    config = QAViTConfig.from_pretrained(tmp_path, depth=4)
+    assert config.out_features == ["stem", "stage1"]
+    config = QAViTConfig.from_preset("micro", out_features=["stage1", "stage2"])
+    config.depth = 1
+    with pytest.raises(Exception, match="stage2"):
+        config.save_pretrained(tmp_path)
 
 
 def test_stock_pipeline_classifies(tmp_path):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTModel
 
+from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
+from regard.modeling.modeling_qavit import QAViTForImageClassification
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
 from regard.modeling.query_conditioned_layers import RelevanceScore, masked_softmax
 
@@ -220,6 +222,24 @@ def test_built_around_published_encoders(tmp_path):
     for name, weight in model.vision_model.state_dict().items():
         assert torch.equal(weight, vision.state_dict()[name]), name
     inputs = make_inputs(size=32)
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "whole").eval()(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_built_around_a_saved_qavit(tmp_path):
+    """A folder holds the vision encoder; a classifier's serves too, without its head."""
+    torch.manual_seed(3)
+    classifier = QAViTForImageClassification(QAViTConfig.from_preset("micro"))
+    classifier.save_pretrained(tmp_path / "vision")
+    config = QueryConditionedVQAConfig.from_preset("micro", num_labels=5)
+    model = QueryConditionedVQAModel.from_encoders(config, vision=str(tmp_path / "vision")).eval()
+    trained = classifier.model.state_dict()
+    assert trained.keys() == model.vision_model.model.state_dict().keys()
+    for name, weight in model.vision_model.model.state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+    inputs = make_inputs()
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "whole").eval()(**inputs).logits, logits)

@@ -101,6 +101,26 @@ def test_wrong_settings_are_refused(write, base, settings, message, capsys):
         raise AssertionError(error)
 
 
+@pytest.mark.parametrize(
+    "model", ["image_text_slot", "qavit", "query_conditioned_vqa", "sequential_attention_counting"]
+)
+def test_a_misspelt_folder_is_named(tmp_path, model, capsys):
+    """Without the network, too, where no one can tell whether the Hub has such a data set."""
+    assert main(["--model", model, "--dataset", "nope", "--output_dir", str(tmp_path), "--use_cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("regard train: nope: no such folder, nor a data set on the Hub that can be reached")
+
+
+def test_outputs_that_cannot_be_are_refused(write, base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        assert main([write(base | {"output_dir": str(tmp_path / place)})]) == 2
+        assert f"output_dir: {tmp_path / place} cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr("regard.train.is_tensorboard_available", lambda: False)
+    assert main([write(base | {"report_to": "tensorboard"})]) == 2
+    assert "report_to: `pip install tensorboard`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--learning_rat", "--learning-rat=1", "--max_step"])
 def test_misspelt_flags_are_refused_with_the_close_one(write, base, flag):
     with pytest.raises(SettingsError, match=r"unknown setting .*; did you mean (learning_rate|max_steps)?"):

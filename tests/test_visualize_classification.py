@@ -101,6 +101,13 @@ def test_maps_of_a_model(branches):
     np.testing.assert_allclose(sum(weights.values()), [1, 1], atol=1e-6)
 
 
+def test_an_implementation_without_weights_is_named():
+    config = QAViTConfig.from_preset("micro", attn_implementation="sdpa")
+    outputs = QAViTForImageClassification(config).eval()(torch.randn(1, 3, 20, 20), output_attentions=True)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        attention_maps(outputs, config, 5, 5)
+
+
 def test_a_bank_that_is_not_written_shows_no_place():
     config = QAViTConfig.from_preset("micro", bank_written=False)
     model = QAViTForImageClassification(config).eval()

@@ -20,11 +20,11 @@ from regard import __version__
 from regard.cli import complain, quiet_transformers
 from regard.hub import CheckpointError, find_verb
 from regard.info import describe
+from regard.train_settings import SETTINGS_NAME
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
-SETTINGS_NAME = "training_settings.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)

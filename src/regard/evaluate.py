@@ -33,6 +33,7 @@ from regard.metrics.image_classification.image_classification import ImageClassi
 from regard.metrics.text_recognition.text_recognition import TextRecognition
 from regard.processing.image_io import open_image
 from regard.read import Reader
+from regard.train_settings import held_out_by
 from regard_cli import EXIT_FAILED, EXIT_OK
 
 IMAGES_A_TIER = 1000
@@ -106,7 +107,7 @@ def choose_data(options: argparse.Namespace) -> dict[str, Any]:
     """The data sets that the options name, each a sequence of `{"pixel_values": image, "text": str}`."""
     if options.dataset:
         data = cast(Dataset, load_text_images(options.dataset, split=options.split))
-        return {Path(options.dataset).name: _at_most(data, options.images)}
+        return {Path(options.dataset).name: _at_most(data, options.images, options.seed)}
     tiers = options.tiers.split(",") if options.tiers else list(TIERS)
     split, size = options.split or DEFAULT_SPLIT, options.images or IMAGES_A_TIER
     return {tier: RenderedTextDataset(split, tiers=tier, size=size, seed=options.seed) for tier in tiers}
@@ -123,9 +124,10 @@ def choose_labelled_images(options: argparse.Namespace, known: Sequence[str]) ->
             f"{options.model} is a classifier: name images with classes by --dataset (a folder FOLDER/CLASS/IMAGE, "
             "fashion-mnist, cifar-10:PATH, cifar-100:PATH or a Hub data set); --tiers are texts"
         )
-    data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, seed=options.seed)
+    held_out = held_out_by(options.model, options.seed)
+    data = load_labelled_images(options.dataset, options.split or DEFAULT_SPLIT, **held_out)
     match_labels(data, known)
-    return {Path(options.dataset).name: _at_most(data, options.images)}
+    return {Path(options.dataset).name: _at_most(data, options.images, options.seed)}
 
 
 def match_labels(data: Dataset, known: Sequence[str]) -> list[int]:
@@ -147,8 +149,9 @@ def _list_some(names: Sequence[str]) -> str:
     return ", ".join([*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])])
 
 
-def _at_most(data: Dataset, number: int | None) -> Dataset:
-    return data if number is None else data.select(range(min(number, len(data))))
+def _at_most(data: Dataset, number: int | None, seed: int) -> Dataset:
+    """So many rows, by chance: a folder has them class by class."""
+    return data if number is None or number >= len(data) else data.shuffle(seed=seed).select(range(number))
 
 
 def score_reader(reader: Reader, data: Sequence[Mapping[str, Any]], advance=lambda images: None) -> dict[str, Any]:
@@ -213,10 +216,10 @@ def score_classifier(classifier: Classifier, data: Dataset, advance=lambda image
 def _run_all(
     worker: Worker, data: Sequence[Mapping[str, Any]] | Dataset, advance: Callable[[int], Any]
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[dict[str, Any]], float]]:
-    """Samples, their results, and the seconds that the model took, batch by batch."""
-    size = worker.batch_size  # the worker's own may shrink on the way
-    for start in range(0, len(data), size):
-        samples = [data[index] for index in range(start, min(start + size, len(data)))]
+    """Samples, their results, and the seconds that the model took, batch by batch, each of which ran whole."""
+    start = 0
+    while start < len(data):
+        samples = [data[index] for index in range(start, min(start + worker.batch_size, len(data)))]
         prepared = [worker.prepare(open_image(sample["pixel_values"])) for sample in samples]
         begin = time.perf_counter()
         results = worker.run(prepared)
@@ -224,8 +227,11 @@ def _run_all(
         for result in results:
             if isinstance(result, MemoryError):
                 raise result
+        if worker.batch_size < len(samples):  # memory did not suffice: again, that the time be of the size that runs
+            continue
         yield samples, cast(list[dict[str, Any]], results), seconds
         advance(len(samples))
+        start += len(samples)
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:

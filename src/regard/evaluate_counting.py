@@ -15,6 +15,7 @@ from regard.data.labelled_images import open_stored
 from regard.hub import load
 from regard.metrics.object_counting.object_counting import score_counts, score_stopping
 from regard.pipelines.object_counting import ObjectCountingPipeline
+from regard.train_settings import held_out_by
 from regard.trainers.trainer_sequential_attention_counting import MAX_DISTANCE, CountCollator
 
 SCENES = 200  # of each kind
@@ -43,7 +44,7 @@ def choose_counting(options: argparse.Namespace, split: str) -> dict[str, Any]:
         )
     if options.dataset == "emoji":
         return generate_scenes(split, options.images or SCENES, options.seed)
-    data = load_counting(options.dataset, split, seed=options.seed)
+    data = load_counting(options.dataset, split, **held_out_by(options.model, options.seed))
     if options.images is not None:
         data = data.select(range(min(options.images, len(data))))
     return {Path(options.dataset).name: data}

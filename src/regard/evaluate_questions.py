@@ -15,6 +15,7 @@ from regard.data.visual_questions import load_visual_questions
 from regard.hub import load
 from regard.metrics.attention_maps.attention_maps import energy_in_boxes, pointing_accuracy, pointing_chance
 from regard.metrics.visual_question_answering.visual_question_answering import score_answers
+from regard.train_settings import held_out_by
 from regard.trainers.trainer_query_conditioned_vqa import VQACollator, boxes_in_shares, distinct_images, grid_of
 
 QUESTIONS = 10_000  # of generated scenes
@@ -42,7 +43,7 @@ def choose_questions(options: argparse.Namespace, split: str) -> dict[str, Any]:
         )
     if options.dataset == "scenes":
         return {"scenes": SceneDataset(split, options.images or QUESTIONS, options.seed)}
-    data = load_visual_questions(options.dataset, split, seed=options.seed)
+    data = load_visual_questions(options.dataset, split, **held_out_by(options.model, options.seed))
     if options.images is not None:
         data = data.select(range(min(options.images, len(data))))
     return {Path(options.dataset).name: data}

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 
-from regard.card import SETTINGS_NAME, write_card
+from regard.card import write_card
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.configuration.configuration_qavit import QAViTConfig
 from regard.configuration.configuration_query_conditioned_vqa import QueryConditionedVQAConfig
@@ -47,6 +49,7 @@ from regard.processing.tokenization_byte import build_byte_tokenizer
 from regard.processing.tokenization_question import train_question_tokenizer
 from regard.train_counting import CountDataArguments, CountModelArguments, build_sequential_attention_counting
 from regard.train_settings import (
+    SETTINGS_NAME,
     ModelArguments,
     OverridingModelArguments,
     SettingsError,
@@ -399,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         recipe, model_args, data_args, training_args = parse_settings(arguments)
+        check_outputs(training_args)
         checkpoint = find_checkpoint(training_args)
         finished = checkpoint if checkpoint is not None and is_finished(checkpoint, training_args) else None
         if finished is not None and is_saved(finished, training_args):
@@ -426,6 +430,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
     return EXIT_OK
+
+
+def check_outputs(training_args: TrainingArguments) -> None:
+    """Make the output folder.
+
+    Raises:
+        SettingsError: that is not possible, or TensorBoard is asked for and not installed.
+    """
+    folder = Path(str(training_args.output_dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SettingsError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from error
+    if "tensorboard" in (training_args.report_to or ()) and not is_tensorboard_available():
+        raise SettingsError("report_to: `pip install tensorboard` first, or set report_to: none")
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:

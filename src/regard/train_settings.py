@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
+SETTINGS_NAME = "training_settings.json"  # in the folder of a training
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -79,6 +80,26 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SettingsError(f"{path}: expected `name: value` lines, but found a {type(settings).__name__}")
     return {str(name): value for name, value in settings.items()}
+
+
+def held_out_by(model: str, seed: int) -> dict[str, Any]:
+    """What chose the validation images that a training held out: `validation_size` and `seed`, as the readers of data
+    take them.
+
+    Args:
+        model: its folder, or a checkpoint in that, tells; what it does not tell is the readers' default.
+        seed: of a model that was not trained here.
+
+    Raises:
+        SettingsError: what the folder tells is damaged.
+    """
+    folder = Path(model).expanduser().absolute()
+    for path in (folder / SETTINGS_NAME, folder.parent / SETTINGS_NAME):
+        if path.is_file():
+            settings = read_settings(path)
+            arguments = {"validation_size": "validation_size", "split_seed": "seed"}
+            return {argument: settings[name] for name, argument in arguments.items() if name in settings}
+    return {"seed": seed}
 
 
 class SettingsParser(HfArgumentParser):

@@ -32,7 +32,7 @@ def attention_maps(outputs: QAViTOutput, config: QAViTConfig, rows: int, columns
     Raises:
         ValueError: there are no attentions.
     """
-    if outputs.attentions is None:
+    if not outputs.attentions:  # () where the implementation gives no weights
         raise ValueError('no attentions; load the model with attn_implementation="eager" and give output_attentions')
     cuts = {
         "window": [Partition.windows(rows, columns, config.window_size)],
