@@ -531,7 +531,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def _preference(self, *readings) -> torch.Tensor:
         """Above 0 where the second of two readings is to be preferred, `(batch, groups)`."""
         features = self.second_look_features(*readings)
-        *weights, bias = self.config.counter_config.second_look
+        counter: Any = self.config.counter_config
+        *weights, bias = counter.second_look
         return features @ features.new_tensor(weights) + bias
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:

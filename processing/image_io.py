@@ -29,7 +29,7 @@ class ImageReadError(ValueError):
     """An image that cannot be read. The message names the file, the reason and the mend."""
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """Read one image completely into memory, as mode "L" (grey) or "RGB", 8 bits a channel.
 
     EXIF rotation is applied, transparency is laid on white, an animation gives its first frame, CMYK and palettes are
@@ -188,7 +188,7 @@ def _natural_key(path: Path) -> list[list[tuple[int, int, str]]]:
     return [key(part) for part in path.parts]
 
 
-def _open_stream(source: str | Path | bytes | Image.Image) -> tuple[str, BinaryIO | Image.Image]:
+def _open_stream(source: str | os.PathLike | bytes | Image.Image) -> tuple[str, BinaryIO | Image.Image]:
     """Name a source for messages, and open it."""
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or f"PIL image {source.width}x{source.height}"), source

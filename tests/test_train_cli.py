@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -198,7 +199,7 @@ def test_generated_texts_are_what_the_settings_say(write, base, tmp_path):
         "length_curriculum": ["0=8", "20=30"],
     }
     _, *arguments = parse_settings([write(base | settings)])
-    trainer = RECIPES["image_text_slot"].build(*arguments)
+    trainer: Any = RECIPES["image_text_slot"].build(*arguments)
     train = trainer.train_dataset
     assert len(train) == 40
     rows = [train[index] for index in range(40)]

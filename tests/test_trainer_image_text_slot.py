@@ -198,7 +198,7 @@ def test_slots_grow_while_the_counter_learns_all(tmp_path):
     for steps in (0, 5):
         trainer = make_trainer(tmp_path, slot_curriculum_steps=steps)
         inputs = trainer.data_collator([row("x" * 40)])
-        trainer.model.config.teacher_forcing = trainer._teacher_forcing = 1.0
+        trainer._teacher_forcing = 1.0
         outputs.append(trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)[1])
     whole, half = outputs
     assert whole.logits.shape[1] == 42 + 4 + 2 * 2
