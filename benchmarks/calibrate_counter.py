@@ -21,7 +21,7 @@ from regard.cli import complain, progress_bar, quiet_transformers
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.hub import CheckpointError, load
 from regard.metrics.text_recognition.text_recognition import score_texts
-from regard.modeling.modeling_image_text_slot import DOUBT
+from regard.modeling.image_text_slot_second_look import second_look_features
 
 SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 BATCH_SIZE = 10
@@ -55,16 +55,12 @@ def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
     features, labels = [], []
     newline = processor.tokenizer("\n")["input_ids"][1]
     for pixel_values, texts in data:
-        memory, *grid = model.encode(pixel_values)
-        cells = model.counter(memory, *grid)
-        numbers = cells.logits.sigmoid(), cells.line_offset
-        gaze = model.counter.gaze(*numbers)
-        doubtful = (gaze.doubts.abs() > DOUBT) & (gaze.doubts.abs() <= 0.5)
-        other = model.counter.gaze(*numbers, doubtful * gaze.doubts.sign())
-        readings = [model._look(memory, grid, each, each.count, model.config.num_slots)[1] for each in (gaze, other)]
-        of_groups = model.second_look_features(gaze, readings[0], other, readings[1])
-        tokens = [logits.argmax(-1).tolist() for logits in readings]
-        ends = [each.numbers.long().cumsum(1).tolist() for each in (gaze, other)]
+        first, second = model.looks(pixel_values, model.config.num_slots, twice=True)
+        if second is None:
+            continue
+        of_groups = second_look_features(first, second)
+        tokens = [look.tokens.tolist() for look in (first, second)]
+        ends = [look.numbers.long().cumsum(1).tolist() for look in (first, second)]
         for row, text in enumerate(texts):
             true = processor.tokenizer(text)["input_ids"][1:-1]
 
@@ -72,7 +68,7 @@ def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
                 return Levenshtein.distance(read[:-1] if read[-1:] == [newline] else read, true)
 
             read, changed = (tokens[look][row][1 : ends[look][row][-1] + 1] for look in (0, 1))
-            for group in doubtful[row].nonzero().squeeze(1).tolist():
+            for group in (first.numbers != second.numbers)[row].nonzero().squeeze(1).tolist():
                 (start, stop), part = (
                     (ends[look][row][group - 1] if group else 0, ends[look][row][group]) for look in (0, 1)
                 )

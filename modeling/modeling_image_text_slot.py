@@ -22,12 +22,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.image_text_slot_counter import CellCounter, CellCounts, Gaze
+from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder
+from regard.modeling.image_text_slot_second_look import (
+    MOST_DOUBTS,
+    Look,
+    second_look_features,
+    second_thoughts,
+    splice,
+)
 from regard.modeling.layers import SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
 from regard.modeling.losses import WeightedLosses
 
-DOUBT = 0.1  # a number rounded by more is looked at again
 OCCUPANCY_FLOOR = 1e-4  # the share of a character that every cell keeps, so that an empty one stays visible
 
 
@@ -189,10 +195,18 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))  # (batch, cells, memory_size)
         return memory, features.shape[2], features.shape[3]
 
+    def _memory_states(self, memory: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that slots look at: the cells, then, where the gaze is led, start and end of the text."""
+        values = self.memory_proj(memory)
+        keys = values + sinusoidal_positions_2d(*grid, values.shape[-1], values.device).to(values.dtype)
+        if self.boundaries is not None:
+            boundaries = self.boundaries.to(values.dtype).expand(len(memory), -1, -1)
+            keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
+        return self.decoder.cross_attention.project_memory(keys, values)
+
     def _decode(
         self,
-        memory: torch.Tensor,
-        grid: Sequence[int],
+        memory_states: tuple[torch.Tensor, torch.Tensor],
         window: range | slice,
         gaze: tuple[torch.Tensor, ...] | None,
         need_weights: bool = False,
@@ -202,27 +216,23 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         `gaze` says where the slots are to look: see `Gaze`, whose first three parts are used.
         """
         slot = self.config.slot_config
-        index = torch.arange(window.start, window.stop, device=memory.device)
+        keys = memory_states[0]
+        index = torch.arange(window.start, window.stop, device=keys.device)
         slots = self.slots[window.start : window.stop]
         if slot.slot_positions:
             slots = slots + sinusoidal_positions(index, slot.hidden_size).to(slots.dtype)
-        slots = slots.expand(memory.shape[0], -1, -1)
-        values = self.memory_proj(memory)
-        keys = values + sinusoidal_positions_2d(*grid, values.shape[-1], values.device).to(values.dtype)
+        slots = slots.expand(keys.shape[0], -1, -1)
         position_bias = None
         if gaze is not None:
-            boundaries = self.boundaries.to(values.dtype).expand(memory.shape[0], -1, -1)
-            keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
             position_bias, distance = self._gaze(*gaze[:3], index)
             slots = slots + self.distance_proj(distance.to(slots.dtype))
             position_bias = position_bias[:, None]  # (batch, 1, slots, memory): the same for all heads
         neighbours = None
         if slot.mixing_radius:
             far = (index[:, None] - index[None, :]).abs() > slot.mixing_radius
-            neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(values.dtype).min)[
+            neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(keys.dtype).min)[
                 None, None
             ]
-        memory_states = self.decoder.cross_attention.project_memory(keys, values)
         weights = None
         for _ in range(slot.num_decoder_steps):
             slots, weights = self.decoder(slots, memory_states, position_bias, neighbours, need_weights)
@@ -287,7 +297,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
         window = self._window(labels)
         need_weights = targets is not None and self.config.look_loss_weight > 0
-        logits, weights = self._decode(memory, grid, window, gaze, need_weights)
+        logits, weights = self._decode(self._memory_states(memory, grid), window, gaze, need_weights)
         losses: dict[str, Any] = {}
         if labels is not None:
             looked = weights if need_weights else None
@@ -461,79 +471,68 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             keep `(batch,)`, and `count_pred` `(batch, 1)`.
         """
         config = self.config
-        memory, *grid = self.encode(pixel_values)
-        count_pred, cells = self._count(memory, grid)
-        gaze = None
-        if cells is not None and config.slot_config.position_sharpness > 0:
-            numbers = cells.logits.sigmoid(), cells.line_offset
-            gaze = self.counter.gaze(*numbers)
-        length, logits, weights = self._look(memory, grid, gaze, count_pred, limit)
-        if look_again and gaze is not None and config.counter_config.second_look is not None:
-            doubtful = (gaze.doubts.abs() > DOUBT) & (gaze.doubts.abs() <= 0.5)
-            if doubtful.any():
-                change = doubtful * gaze.doubts.sign()
-                other = self.counter.gaze(*numbers, change)
-                _, other_logits, _ = self._look(memory, grid, other, count_pred, limit)
-                change = change * (self._preference(gaze, logits, other, other_logits) > 0)
-                if change.any():
-                    gaze = self.counter.gaze(*numbers, change)
-                    length, logits, weights = self._look(memory, grid, gaze, count_pred, limit)
-        if gaze is not None:
-            count_pred = gaze.count
-        num_slots = logits.shape[1]
-        scores, tokens = logits.float().softmax(-1).max(-1)
-        boxes = self._regions(weights.float().mean(1), *grid)
-        if cells is not None:  # the end token and the counter nearly agree: within two slots the token decides
-            index = torch.arange(num_slots, device=tokens.device)
+        counter: Any = config.counter_config
+        look, other = self.looks(pixel_values, limit, twice=look_again and counter.second_look is not None)
+        if other is not None:
+            *weights, bias = counter.second_look
+            features = second_look_features(look, other)
+            preferred = features @ features.new_tensor(weights) + bias > 0
+            look = splice(look, other, preferred & (look.numbers != other.numbers))
+        tokens, length = look.tokens, look.count.round().long().clamp(2, limit)
+        if self.counts_cells:  # the end token and the counter nearly agree: within two slots the token decides
+            index = torch.arange(tokens.shape[1], device=tokens.device)
             ends = (tokens == config.eos_token_id) & ((index + 1 - length).abs() <= 2)
             first = torch.where(ends.any(1), ends.int().argmax(1) + 1, length[:, 0])
             length = first.clamp(max=limit)[:, None]
         special = (tokens == config.bos_token_id) | (tokens == config.eos_token_id)
-        return tokens, scores, boxes.masked_fill(special[..., None], torch.nan), length[:, 0], count_pred
+        return tokens, look.scores, look.boxes.masked_fill(special[..., None], torch.nan), length[:, 0], look.count
+
+    @torch.no_grad()
+    def looks(self, pixel_values: torch.Tensor, limit: int, twice: bool) -> tuple[Look, Look | None]:
+        """What the slots read.
+
+        Args:
+            pixel_values: `(batch, 1, height, width)`.
+            limit: most tokens of one image that are asked for; at most `num_slots`.
+            twice: where the counter is in doubt, look again, with the numbers on the other side.
+
+        Returns:
+            the first look, and the second if there is one.
+        """
+        memory, *grid = self.encode(pixel_values)
+        count_pred, cells = self._count(memory, grid)
+        memory_states = self._memory_states(memory, grid)
+        if cells is None or self.boundaries is None:
+            nowhere = count_pred.new_zeros(len(memory), 0)
+            return Look(count_pred, nowhere, nowhere, *self._look(memory_states, grid, count_pred, None, limit)), None
+        numbers = cells.logits.sigmoid(), cells.line_offset
+        limit += MOST_DOUBTS if twice else 0  # so many may be dropped before
+
+        def look(change: torch.Tensor | None = None) -> Look:
+            gaze = self.counter.gaze(*numbers, change)
+            seen = self._look(memory_states, grid, gaze.count, gaze, limit)
+            return Look(gaze.count, gaze.numbers, gaze.doubts, *seen)
+
+        first = look()
+        if not twice or not (change := second_thoughts(first.doubts)).any():
+            return first, None
+        return first, look(change)
 
     def _look(
-        self, memory: torch.Tensor, grid: Sequence[int], gaze: Gaze | None, count_pred: torch.Tensor, limit: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Number of tokens to keep `(batch, 1)`, and logits and weights of the slots that are needed for them."""
-        count = count_pred if gaze is None else gaze.count
-        length = count.round().long().clamp(2, limit)
-        num_slots = length.max() + 2 + self.config.slot_config.reach
+        self,
+        memory_states: tuple[torch.Tensor, torch.Tensor],
+        grid: Sequence[int],
+        count: torch.Tensor,
+        gaze: tuple[torch.Tensor, ...] | None,
+        limit: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, scores and boxes of the slots that are needed for a number of tokens `(batch, 1)`."""
+        num_slots = count.round().long().clamp(2, limit).max() + 2 + self.config.slot_config.reach
         num_slots = num_slots.clamp(max=self.config.num_slots).item()  # a symbol when exported
-        return length, *self._decode(memory, grid, slice(0, num_slots), gaze, need_weights=True)
-
-    def second_look_features(
-        self, gaze: Gaze, logits: torch.Tensor, other: Gaze, other_logits: torch.Tensor
-    ) -> torch.Tensor:
-        """By what `read` chooses between two readings of each group of characters, `(batch, groups, 4)`: the log odds
-        of the number that was rounded away, how much surer the other reading is of the group's characters in sum and
-        in mean, and how many more of its characters repeat the one before."""
-        odds = gaze.doubts.abs().clamp(1e-3, 1 - 1e-3).logit()
-        changes = [
-            b - a for a, b in zip(self._sureness(gaze, logits), self._sureness(other, other_logits), strict=True)
-        ]
-        return torch.stack((odds, *changes), dim=-1)
-
-    @staticmethod
-    def _sureness(gaze: Gaze, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each group of characters, `(batch, groups)`: log-probability in sum and in mean, and repetitions."""
-        scores, tokens = logits.float().log_softmax(-1).max(-1)  # (batch, slots)
-        ends = gaze.numbers.cumsum(1)
-        index = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        inside = (index >= 1) & (index <= ends[:, -1:])  # neither start nor end
-        group = torch.searchsorted(ends, index - 0.5).clamp(max=ends.shape[1] - 1)
-        zero = torch.zeros_like(ends)
-        total = zero.scatter_add(1, group, scores * inside)
-        again = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:] & inside[:, :-1]).float()
-        before = again * (group[:, 1:] != group[:, :-1])  # a repetition over a gap counts on both sides
-        repeats = zero.scatter_add(1, group[:, 1:], again).scatter_add(1, group[:, :-1], before)
-        return total, total / gaze.numbers.clamp(min=1), repeats
-
-    def _preference(self, *readings) -> torch.Tensor:
-        """Above 0 where the second of two readings is to be preferred, `(batch, groups)`."""
-        features = self.second_look_features(*readings)
-        counter: Any = self.config.counter_config
-        *weights, bias = counter.second_look
-        return features @ features.new_tensor(weights) + bias
+        logits, weights = self._decode(memory_states, slice(0, num_slots), gaze, need_weights=True)
+        scores, tokens = logits.float().softmax(-1).max(-1)
+        assert weights is not None
+        return tokens, scores, self._regions(weights.float().mean(1), *grid)
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
         """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.

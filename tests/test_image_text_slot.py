@@ -8,8 +8,16 @@ import torch
 from torch import nn
 
 from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
-from regard.modeling.image_text_slot_counter import CellCounts, Gaze
-from regard.modeling.modeling_image_text_slot import DOUBT, ImageTextSlotModel
+from regard.modeling.image_text_slot_counter import CellCounts
+from regard.modeling.image_text_slot_second_look import (
+    MOST_DOUBTS,
+    Look,
+    _sureness,
+    second_look_features,
+    second_thoughts,
+    splice,
+)
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 
 
 def tiny(**changes) -> Any:
@@ -29,51 +37,94 @@ def test_gaze_leads_each_slot_to_its_cell():
 
 
 def in_doubt(second_look) -> Any:
-    """A model whose counter is nearly everywhere in doubt."""
+    """A model whose counter is in doubt here and there."""
     torch.manual_seed(0)
     counter = {**PRESETS["tiny"]["counter_config"], "second_look": second_look}
     model: Any = ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny", counter_config=counter)).eval()
-    model.counter.presence.bias.data.fill_(-4.0)
+    model.counter.presence.bias.data.fill_(-9.0)
     model.counter.presence.weight.data.mul_(3)
     return model
 
 
 @torch.no_grad()
 def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
-    pixel_values = torch.randn(3, 1, 128, 128)
+    pixel_values = torch.randn(3, 1, 128, 128, generator=torch.Generator().manual_seed(1))
     model = in_doubt(None)
     first = model.read(pixel_values)
-    cells = model.counter(*model.encode(pixel_values))
-    gaze = model.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
-    doubtful = (gaze.doubts.abs() > DOUBT) & (gaze.doubts.abs() <= 0.5)
-    assert doubtful.sum(1).min() > 0
+    look, other = model.looks(pixel_values, 64, twice=True)
+    assert other is not None
+    change = second_thoughts(look.doubts)
+    assert change.abs().sum(1).min() > 0
+    assert torch.equal(other.numbers, (look.numbers + change).clamp(min=0))
     never, always = (in_doubt([0, 0, 0, 0, bias]).read(pixel_values) for bias in (-1, 1))
     for a, b in zip(first.sequences, never.sequences, strict=True):
         assert torch.equal(a, b)
-    changed = gaze.count + (doubtful * gaze.doubts.sign()).sum(1, keepdim=True)
-    assert torch.equal(always.count_pred, changed)
-    assert not torch.equal(changed, gaze.count)
+    assert torch.equal(always.count_pred, other.count)
+    assert not torch.equal(other.count, look.count)
+    spliced = splice(look, other, look.numbers != other.numbers)
+    for a, b in zip(always.sequences, spliced.tokens, strict=True):
+        assert torch.equal(a, b[: len(a)])
     weighing = in_doubt([1.0, 1.0, 1.0, -1.0, 2.0])
-    for index, sequence in enumerate(weighing.read(pixel_values).sequences):
+    whole = weighing.read(pixel_values).sequences
+    for index, sequence in enumerate(whole):
         assert torch.equal(weighing.read(pixel_values[index : index + 1]).sequences[0], sequence)
+    for limit in (2, 5, 9):
+        for a, b in zip(weighing.read(pixel_values, max_slots=limit).sequences, whole, strict=True):
+            assert torch.equal(a[: limit - 1], b[: limit - 1])
 
 
-@torch.no_grad()
+def test_what_is_looked_at_again():
+    doubts = torch.tensor([[0.05, 0.3, -0.2, 0.0, -0.8]])
+    assert second_thoughts(doubts).tolist() == [[0, 1, -1, 0, 0]]
+    few, many = (torch.full((1, number), 0.4) for number in (MOST_DOUBTS, MOST_DOUBTS + 1))
+    assert second_thoughts(few).all()
+    assert not second_thoughts(many).any()  # too small to read
+
+
+def look_of(numbers: list[float], tokens: list[int], doubts: list[float] | None = None) -> Look:
+    """A look at one image; what each slot read tells its box and score too."""
+    read = torch.tensor([tokens])
+    return Look(
+        count=torch.tensor([[sum(numbers) + 2]]),
+        numbers=torch.tensor([numbers]),
+        doubts=torch.tensor([doubts or [0.0] * len(numbers)]),
+        tokens=read,
+        scores=read / 100,
+        boxes=(read / 100)[..., None].expand(-1, -1, 4),
+    )
+
+
 def test_what_a_second_look_goes_by():
-    model = tiny()
-    logits = torch.full((1, 6, 512), -20.0)
-    for slot, (token, score) in enumerate([(1, 0.0), (9, 1.0), (9, 2.0), (8, 3.0), (8, 4.0), (2, 0.0)]):
-        logits[0, slot, token] = score
-    zeros = torch.zeros(1, 2)
-    gaze = Gaze(zeros, zeros, torch.tensor([[6.0]]), torch.tensor([[1.0, 2.0, 0.0, 1.0]]), torch.full((1, 4), -0.25))
-    surety = logits.log_softmax(-1).amax(-1)[0]
-    total, mean, repeats = model._sureness(gaze, logits)
+    first = look_of([1.0, 2.0, 0.0, 1.0], [1, 9, 9, 8, 8, 2], [-0.25] * 4)
+    total, mean, repeats = _sureness(first)
+    surety = first.scores.log()[0]
     torch.testing.assert_close(total[0], torch.stack((surety[1], surety[2] + surety[3], surety[0] * 0, surety[4])))
     torch.testing.assert_close(mean[0], total[0] / torch.tensor([1, 2, 1, 1]))
     assert repeats[0].tolist() == [1, 2, 0, 1]  # 9 twice over the first gap, 8 over the next
-    features = model.second_look_features(gaze, logits, gaze, logits)
+    features = second_look_features(first, first)
     assert features[0, :, 0].tolist() == pytest.approx([math.log(0.25 / 0.75)] * 4)
     assert not features[..., 1:].any()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ((False, False, False), [1, 11, 12, 13, 14, 15, 2]),
+        ((True, True, True), [1, 21, 22, 24, 2]),
+        ((True, False, False), [1, 21, 13, 14, 15, 2]),  # one character less in front
+        ((False, True, False), [1, 11, 12, 22, 15, 2]),  # one less in the middle
+        ((False, False, True), [1, 11, 12, 13, 14, 24, 2]),  # of as many characters other ones
+    ],
+)
+def test_readings_are_spliced_by_groups(chosen: tuple[bool, ...], expected: list[int]):
+    first = look_of([2.0, 2.0, 1.0, 0.0], [1, 11, 12, 13, 14, 15, 2, 0, 0, 0])
+    second = look_of([1.0, 1.0, 1.0, 0.0], [1, 21, 22, 24, 2, 0, 0])
+    look = splice(first, second, torch.tensor([[*chosen, False]]))
+    assert look.count.item() == len(expected)
+    assert look.tokens[0, : len(expected)].tolist() == expected
+    assert look.tokens.shape[1] >= len(expected) + 2  # an end read a little later is seen
+    torch.testing.assert_close(look.scores, look.tokens / 100)
+    torch.testing.assert_close(look.boxes[..., 3], look.scores)
 
 
 @torch.no_grad()
@@ -106,10 +157,11 @@ def test_slots_past_the_text_change_nothing():
     memory, *grid = model.encode(torch.randn(2, 1, 64, 64))
     occupancy = torch.rand(2, memory.shape[1])
     gaze = (occupancy.cumsum(1) + 0.5, occupancy, occupancy.sum(1, keepdim=True) + 2)
-    few, _ = model._decode(memory, grid, range(10 + radius * steps), gaze)
-    many, _ = model._decode(memory, grid, range(64), gaze)
+    states = model._memory_states(memory, grid)
+    few, _ = model._decode(states, range(10 + radius * steps), gaze)
+    many, _ = model._decode(states, range(64), gaze)
     torch.testing.assert_close(few[:, :10], many[:, :10])
-    part, _ = model._decode(memory, grid, range(20, 50), gaze)  # a window: neighbours beyond its edges are missed
+    part, _ = model._decode(states, range(20, 50), gaze)  # a window: neighbours beyond its edges are missed
     edge = radius * steps
     torch.testing.assert_close(part[:, edge:-edge], many[:, 20 + edge : 50 - edge])
 
