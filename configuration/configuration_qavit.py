@@ -154,8 +154,9 @@ class QAViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides) -> "QAViTConfig":
         """A named architecture.
 
-        - `"tiny"`: the default, 224 px in patches of 16.
-        - `"small"`: wider and deeper; its blocks share their attention projections.
+        - `"tiny"`: the default, 224 px in patches of 16; 2.55 million parameters with 100 classes (described: 2.47).
+        - `"small"`: wider and deeper; its blocks share their attention projections, which makes 5.31 million parameters
+          with 100 classes (described: 5.29) in place of 7.25 million.
         - `"tiny-32"`: for images of 32 px (28 px work too), patches of 4, convolutional stem. As many parameters as
           tiny, in half as many blocks with feed-forwards four times as wide.
         - `"as_described"`: tiny as the design was first described, as far as it can be built. It keeps attention of
