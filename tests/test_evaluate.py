@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import regard_cli
-from regard import evaluate_counting, evaluate_questions
+from regard import evaluate, evaluate_counting, evaluate_questions
 from regard.classify import Classifier
 from regard.cli import Worker
 from regard.data.image_classification import load_labelled_images
@@ -190,6 +190,20 @@ def test_no_image_is_lost_where_batches_are_halved(
     without_memory_for_more_than(0, classifier, monkeypatch)
     with pytest.raises(MemoryError, match="single image"):
         score_classifier(classifier, load_labelled_images(class_folder, "test"))
+
+
+def test_what_keeps_a_measurement_from_its_end_is_told_in_a_line(
+    labelled_folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def out_of_memory(*_):
+        raise MemoryError("not enough memory for a single image; choose another --device")
+
+    monkeypatch.setattr(evaluate, "score_reader", out_of_memory)
+    arguments = ["evaluate", str(tiny_checkpoint), "--dataset", str(labelled_folder), "--output"]
+    assert regard_cli.main([*arguments, str(tmp_path / "nowhere" / "results.json")]) == 2  # before anything is read
+    assert "nowhere/results.json: cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert regard_cli.main([*arguments, str(tmp_path / "results.json")]) == 2
+    assert "not enough memory for a single image" in capsys.readouterr().err
 
 
 def test_figures_are_of_the_size_that_ran(class_folder: Path, tiny_classifier: Path, monkeypatch):

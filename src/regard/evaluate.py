@@ -80,12 +80,22 @@ def run(options: argparse.Namespace) -> int:
     except (CheckpointError, OSError, ValueError) as error:
         complain(error)
         return EXIT_FAILED
+    if options.output:  # now, for a measurement may take long
+        try:
+            Path(options.output).open("a").close()
+        except OSError as error:
+            complain(f"{options.output}: cannot be written ({error.strerror}); choose another place")
+            return EXIT_FAILED
     results = {}
     start = time.perf_counter()
-    with progress_bar(sum(len(data) for data in data_sets.values())) as bar:
-        for name, data in data_sets.items():
-            bar.set_postfix_str(name, refresh=False)
-            results[name] = score(data, bar.update)
+    try:
+        with progress_bar(sum(len(data) for data in data_sets.values())) as bar:
+            for name, data in data_sets.items():
+                bar.set_postfix_str(name, refresh=False)
+                results[name] = score(data, bar.update)
+    except MemoryError as error:
+        complain(error)
+        return EXIT_FAILED
     seconds = time.perf_counter() - start
     print(format_table(results, columns))
     if options.output:
@@ -95,11 +105,7 @@ def run(options: argparse.Namespace) -> int:
             "seconds": round(seconds, 1),
             **circumstances(options, split),
         }
-        try:
-            Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            complain(f"{options.output}: cannot be written ({error.strerror}); choose another place")
-            return EXIT_FAILED
+        Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return EXIT_OK
 
 
