@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.trainer import TRAINER_STATE_NAME
 
 from regard import __version__
 from regard.cli import complain, quiet_transformers
@@ -23,6 +22,7 @@ from regard.info import describe
 from regard.train_settings import SETTINGS_NAME
 from regard_cli import EXIT_FAILED, EXIT_OK
 
+TRAINER_STATE_NAME = "trainer_state.json"  # as in transformers.trainer, whose import takes seconds
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
