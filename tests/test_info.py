@@ -30,7 +30,7 @@ def test_bundled_models_are_described_with_their_figures(root: Path, capsys):
     figures = json.loads((root / "model_cards/qavit-tiny-fashion-mnist/evaluation.json").read_text())["results"]
     assert "model type    qavit (QAViTForImageClassification)" in lines
     assert "verb          regard classify" in lines
-    assert "parameters    2,438,746" in lines
+    assert "parameters    2,492,818" in lines
     assert "dtype         float16" in lines
     assert "image size    28x28" in lines
     assert lines[-1].startswith(f"  fashion-mnist: top1 {figures['fashion-mnist']['top1']:.4g}, ")
