@@ -283,7 +283,7 @@ def plotted(path: Path) -> Iterator[Any]:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     yield axes
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 
