@@ -471,10 +471,10 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             keep `(batch,)`, and `count_pred` `(batch, 1)`.
         """
         config = self.config
-        counter: Any = config.counter_config
-        look, other = self.looks(pixel_values, limit, twice=look_again and counter.second_look is not None)
-        if other is not None:
-            *weights, bias = counter.second_look
+        choice = config.counter_config.second_look if look_again else None
+        look, other = self.looks(pixel_values, limit, twice=choice is not None)
+        if other is not None and choice is not None:
+            *weights, bias = choice
             features = second_look_features(look, other)
             preferred = features @ features.new_tensor(weights) + bias > 0
             look = splice(look, other, preferred & (look.numbers != other.numbers))
