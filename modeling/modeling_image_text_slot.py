@@ -200,7 +200,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         values = self.memory_proj(memory)
         keys = values + sinusoidal_positions_2d(*grid, values.shape[-1], values.device).to(values.dtype)
         if self.boundaries is not None:
-            boundaries = self.boundaries.to(values.dtype).expand(len(memory), -1, -1)
+            boundaries = self.boundaries.to(values.dtype).expand(memory.shape[0], -1, -1)
             keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
         return self.decoder.cross_attention.project_memory(keys, values)
 
@@ -503,7 +503,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         count_pred, cells = self._count(memory, grid)
         memory_states = self._memory_states(memory, grid)
         if cells is None or self.boundaries is None:
-            nowhere = count_pred.new_zeros(len(memory), 0)
+            nowhere = count_pred.new_zeros(memory.shape[0], 0)
             return Look(count_pred, nowhere, nowhere, *self._look(memory_states, grid, count_pred, None, limit)), None
         numbers = cells.logits.sigmoid(), cells.line_offset
         limit += MOST_DOUBTS if twice else 0  # so many may be dropped before

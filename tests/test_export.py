@@ -209,6 +209,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
             "image_processing_image_text_slot.py",
             "image_text_slot_counter.py",
             "image_text_slot_encoder.py",
+            "image_text_slot_second_look.py",
             "losses.py",
             "modeling_image_text_slot.py",
             "processing_image_text_slot.py",
