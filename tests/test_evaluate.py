@@ -204,6 +204,10 @@ def test_what_keeps_a_measurement_from_its_end_is_told_in_a_line(
     assert "nowhere/results.json: cannot be written (No such file or directory)" in capsys.readouterr().err
     assert regard_cli.main([*arguments, str(tmp_path / "results.json")]) == 2
     assert "not enough memory for a single image" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(evaluate, "score_reader", lambda *_: {"images": 3})
+    assert regard_cli.main([*arguments, str(tmp_path)]) == 2
+    assert f"{tmp_path}: cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 def test_figures_are_of_the_size_that_ran(class_folder: Path, tiny_classifier: Path, monkeypatch):

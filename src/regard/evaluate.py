@@ -7,6 +7,7 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         return EXIT_FAILED
     if options.output:  # now, for a measurement may take long
         try:
-            Path(options.output).open("a").close()
+            tempfile.TemporaryFile(dir=Path(options.output).parent).close()
         except OSError as error:
             complain(f"{options.output}: cannot be written ({error.strerror}); choose another place")
             return EXIT_FAILED
@@ -105,7 +106,11 @@ def run(options: argparse.Namespace) -> int:
             "seconds": round(seconds, 1),
             **circumstances(options, split),
         }
-        Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            complain(f"{options.output}: cannot be written ({error.strerror}); choose another place")
+            return EXIT_FAILED
     return EXIT_OK
 
 
