@@ -22,6 +22,8 @@ class ImageTextSlotEncoderConfig(PreTrainedConfig):
         layer_scale_init_value: LayerScale at the start. ConvNeXt's 1e-6 slows a network this shallow.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over the blocks.
         normalize_contrast: give every image mean 0, deviation 1 and ink brighter than paper before the stem.
+        crop_margin: `ImageTextSlotModel.read` reads the part of an image that holds ink, with so many pixels of paper
+            around it at least; None: the whole image.
         memory_stage: the stage whose cells become the slots' memory.
         num_context_layers: self-attention layers over the cells of the last stage, so that each knows the whole page.
         num_attention_heads: heads of those layers.
@@ -48,6 +50,7 @@ class ImageTextSlotEncoderConfig(PreTrainedConfig):
     layer_scale_init_value: float = 1.0
     drop_path_rate: float | int = 0.0
     normalize_contrast: bool = True
+    crop_margin: int | None = 8
     memory_stage: int = 2
     num_context_layers: int = 2
     num_attention_heads: int = 4
@@ -62,6 +65,8 @@ class ImageTextSlotEncoderConfig(PreTrainedConfig):
                 f"hidden_sizes ({len(self.hidden_sizes)}), depths ({len(self.depths)}) and strides "
                 f"({len(self.strides)}) must name the same number of stages."
             )
+        if self.crop_margin is not None and self.crop_margin < 0:
+            raise ValueError(f"crop_margin={self.crop_margin} must be 0 or more, or None for whole images.")
         if not 0 <= self.memory_stage < len(self.hidden_sizes):
             raise ValueError(f"memory_stage={self.memory_stage} is not one of the {len(self.hidden_sizes)} stages.")
         if self.num_context_layers and self.hidden_sizes[-1] % self.num_attention_heads:
@@ -257,6 +262,7 @@ PRESETS: dict[str, dict] = {
             "expansion": 4,
             "layer_scale_init_value": 1e-6,
             "normalize_contrast": False,
+            "crop_margin": None,
             "memory_stage": 3,
             "num_context_layers": 0,
             "fusion_depth": 0,

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
+from regard.modeling.image_text_slot_crop import cut
 from regard.modeling.layers import ChannelNorm, DepthwiseConv2d, DropPath, sinusoidal_positions_2d
 
 
@@ -110,9 +111,13 @@ class ImageTextSlotEncoder(nn.Module):
             *[ConvBlock(encoder, memory_size, rates.pop(0)) for _ in range(encoder.fusion_depth)]
         )
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
+        """Features of the images, or of a part of each, `(batch, 4)`: left, top, right, bottom as shares of it, on
+        edges of the last stage's cells."""
         if self.normalize_contrast:
             pixel_values = normalize_contrast(pixel_values).to(pixel_values.dtype)
+        if part is not None:
+            pixel_values = cut(pixel_values, part)
         hidden_states, memory = pixel_values, pixel_values
         for index, (entry, stage) in enumerate(zip(self.entries, self.stages, strict=True)):
             hidden_states = stage(entry(hidden_states))
@@ -121,7 +126,7 @@ class ImageTextSlotEncoder(nn.Module):
         if self.context:
             height, width = hidden_states.shape[2:]
             cells = hidden_states.flatten(2).transpose(1, 2)  # (batch, cells, channels)
-            cells = cells + sinusoidal_positions_2d(height, width, cells.shape[-1], cells.device).to(cells.dtype)
+            cells = cells + sinusoidal_positions_2d(height, width, cells.shape[-1], cells.device, part).to(cells.dtype)
             for layer in self.context:
                 cells = layer(cells)
             hidden_states = cells.transpose(1, 2).unflatten(2, (height, width))

@@ -71,15 +71,25 @@ def sinusoidal_positions(positions: torch.Tensor, size: int, max_period: float =
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-def sinusoidal_positions_2d(height: int, width: int, size: int, device: torch.device) -> torch.Tensor:
+def sinusoidal_positions_2d(
+    height: int, width: int, size: int, device: torch.device, part: torch.Tensor | None = None
+) -> torch.Tensor:
     """Positions of a grid, row by row: `(height * width, size)`, the first half of the channels for the rows.
 
-    Rows and columns are measured in 1/64 of the grid's sides, so that a larger image has the same range.
+    Rows and columns are measured in 1/64 of the image's sides, so that a larger image has the same range.
+
+    Args:
+        part: the part of each image that the grid covers, `(batch, 4)`: left, top, right, bottom as shares of the
+            image. With it the result is `(batch, height * width, size)`.
     """
-    rows = sinusoidal_positions((torch.arange(height, device=device) + 0.5) * (64 / height), size // 2)
-    columns = sinusoidal_positions((torch.arange(width, device=device) + 0.5) * (64 / width), size // 2)
-    grid = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1)
-    return grid.flatten(0, 1)
+    rows = (torch.arange(height, device=device) + 0.5) * (64 / height)
+    columns = (torch.arange(width, device=device) + 0.5) * (64 / width)
+    if part is not None:
+        left, top, right, bottom = part[..., None].unbind(1)  # each (batch, 1)
+        rows, columns = top * 64 + rows * (bottom - top), left * 64 + columns * (right - left)
+    rows = sinusoidal_positions(rows, size // 2)[..., :, None, :].expand(*rows.shape, width, -1)
+    columns = sinusoidal_positions(columns, size // 2)[..., None, :, :].expand(*rows.shape[:-1], -1)
+    return torch.cat((rows, columns), dim=-1).flatten(-3, -2)
 
 
 __all__ = ["ChannelNorm", "DepthwiseConv2d", "DropPath", "SwiGLU", "sinusoidal_positions", "sinusoidal_positions_2d"]

@@ -8,9 +8,9 @@ agree. Slots see only their neighbours, so that those past the end of the text n
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
 from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
-from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder
+from regard.modeling.image_text_slot_crop import find_ink, group_by_size, uncut
+from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder, normalize_contrast
 from regard.modeling.image_text_slot_second_look import (
     MOST_DOUBTS,
     Look,
@@ -88,6 +89,15 @@ class ImageTextSlotReading:
     scores: list[torch.Tensor]
     boxes: list[torch.Tensor]
     count_pred: torch.Tensor
+
+
+class MemoryGrid(NamedTuple):
+    """Rows and columns of memory cells, and the part of each image that they cover, `(batch, 4)`: left, top, right,
+    bottom as shares of the image; None for all of it."""
+
+    rows: int
+    columns: int
+    part: torch.Tensor | None = None
 
 
 class SlotDecoderLayer(GradientCheckpointingLayer):
@@ -175,12 +185,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.entries[0]
 
-    def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-        """Memory `(batch, cells, memory_size)` of an image `(batch, channels, height, width)`, its rows and columns.
-
-        Raises:
-            ValueError: the image has another number of channels, or sides that the encoder's stride does not divide.
-        """
+    def _check_shape(self, pixel_values: torch.Tensor):
         encoder = self.config.encoder_config
         height, width = encoder.total_stride
         if pixel_values.dim() != 4 or pixel_values.shape[1] != encoder.num_channels:
@@ -191,14 +196,26 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             raise ValueError(
                 f"Image sides {tuple(pixel_values.shape[2:])} must be divisible by {height} and {width}; resize it."
             )
-        features = self.encoder(pixel_values.to(self.memory_proj.weight.dtype))
-        memory = self.memory_norm(features.flatten(2).transpose(1, 2))  # (batch, cells, memory_size)
-        return memory, features.shape[2], features.shape[3]
 
-    def _memory_states(self, memory: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, pixel_values: torch.Tensor, part: torch.Tensor | None = None) -> tuple[torch.Tensor, MemoryGrid]:
+        """Memory `(batch, cells, memory_size)` of images `(batch, channels, height, width)`, or of a `part` of each
+        (see `MemoryGrid`).
+
+        Raises:
+            ValueError: the image has another number of channels, or sides that the encoder's stride does not divide.
+        """
+        self._check_shape(pixel_values)
+        features = self.encoder(pixel_values.to(self.memory_proj.weight.dtype), part)
+        memory = self.memory_norm(features.flatten(2).transpose(1, 2))  # (batch, cells, memory_size)
+        return memory, MemoryGrid(features.shape[2], features.shape[3], part)
+
+    def _memory_states(self, memory: torch.Tensor, grid: MemoryGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that slots look at: the cells, then, where the gaze is led, start and end of the text."""
         values = self.memory_proj(memory)
-        keys = values + sinusoidal_positions_2d(*grid, values.shape[-1], values.device).to(values.dtype)
+        positions = sinusoidal_positions_2d(
+            grid.rows, grid.columns, values.shape[-1], values.device, grid.part
+        )  # ([batch,] cells, hidden_size)
+        keys = values + positions.to(values.dtype)
         if self.boundaries is not None:
             boundaries = self.boundaries.to(values.dtype).expand(memory.shape[0], -1, -1)
             keys, values = torch.cat((keys, boundaries), 1), torch.cat((values, boundaries), 1)
@@ -254,11 +271,11 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         waves = distance * torch.tensor([0.5, 1.0, 2.0], device=distance.device) * torch.pi
         return bias, torch.cat((waves.sin(), waves.cos()), dim=-1)
 
-    def _count(self, memory: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, CellCounts | None]:
+    def _count(self, memory: torch.Tensor, grid: MemoryGrid) -> tuple[torch.Tensor, CellCounts | None]:
         """Expected number of tokens `(batch, 1)` and, where cells are counted, what each holds."""
         if not self.counts_cells:
             return self.counter(memory.mean(1)).float(), None
-        cells = self.counter(memory, *grid)
+        cells = self.counter(memory, grid.rows, grid.columns)
         return cells.logits.sigmoid().sum((1, 2))[:, None] + 2, cells
 
     @can_return_tuple
@@ -280,7 +297,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             character_positions: for each token the horizontal and vertical centre of its character, and the height of
                 its line at the vertical middle, as shares of the image `(batch, tokens, 3)`; -1 where unknown.
         """
-        memory, *grid = self.encode(pixel_values)
+        memory, grid = self.encode(pixel_values)
         count_pred, cells = self._count(memory, grid)
         targets = None
         if labels is not None:
@@ -316,14 +333,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         start = random.randrange(max(filled - window, 0) + 1)
         return range(start, start + window)
 
-    def _cell_targets(
-        self, positions: torch.Tensor, labels: torch.Tensor, grid: Sequence[int]
-    ) -> dict[str, torch.Tensor]:
+    def _cell_targets(self, positions: torch.Tensor, labels: torch.Tensor, grid: MemoryGrid) -> dict[str, torch.Tensor]:
         """What the boxes say of the cells, each `(batch, cells)`: `counts`, `coordinates`, `lines` (distance of the
         line below the cell's centre in cell heights), `characters` (the token where there is but one, else -100);
         besides `frames`, 1 where a character is centred, `(batch, rows, frames)`, `cell` `(batch, tokens)` (-1 where
         unknown) and `known` `(batch,)`."""
-        rows, columns = grid
+        rows, columns = grid.rows, grid.columns
         row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
         column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)
         placed = positions[..., 0].ge(0)  # (batch, tokens)
@@ -436,8 +451,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         """Read images `(batch, 1, height, width)`: their tokens, how sure each is and where it was seen.
 
         Only the slots that the predicted number asks for are computed, with as many more as their neighbours can
-        feel; the result is that of computing all. Where the counter is in doubt, and the configuration's `second_look`
-        says how to choose, the characters are read with one more or one less as well, and the better reading is kept.
+        feel; the result is that of computing all. Of an image, the part that holds ink is read, by the configuration's
+        `crop_margin`. Where the counter is in doubt, and the configuration's `second_look` says how to choose, the
+        characters are read with one more or one less as well, and the better reading is kept.
 
         Args:
             max_slots: most tokens of one image, start and end included; `num_slots` if None.
@@ -449,22 +465,37 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         if max_slots is not None and max_slots < 2:
             raise ValueError(f"max_slots={max_slots} must be at least 2: start and end are tokens too.")
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
-        tokens, scores, boxes, length, count_pred = self.read_slots(pixel_values, limit, look_again=True)
-        cut = [int(n) for n in length]
-        return ImageTextSlotReading(
-            sequences=[row[:n] for row, n in zip(tokens, cut, strict=True)],
-            scores=[row[:n] for row, n in zip(scores, cut, strict=True)],
-            boxes=[row[:n] for row, n in zip(boxes, cut, strict=True)],
-            count_pred=count_pred,
-        )
+        readings: dict[int, tuple[torch.Tensor, ...]] = {}
+        for index, part in self._parts(pixel_values):
+            *reading, length, count_pred = self.read_slots(pixel_values[index], limit, look_again=True, part=part)
+            cut = [[row[:n] for row, n in zip(rows, length.tolist(), strict=True)] for rows in reading]
+            readings |= zip(index.tolist(), zip(*cut, count_pred, strict=True), strict=True)
+        sequences, scores, boxes, count_pred = zip(*(readings[i] for i in range(len(readings))), strict=True)
+        return ImageTextSlotReading(list(sequences), list(scores), list(boxes), torch.stack(count_pred))
+
+    def _parts(self, pixel_values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Indices of images that are read together, and the part of each that is (see `MemoryGrid`)."""
+        encoder = self.config.encoder_config
+        if encoder.crop_margin is None:
+            yield torch.arange(len(pixel_values), device=pixel_values.device), None
+            return
+        self._check_shape(pixel_values)
+        height, width = encoder.total_stride
+        parts = find_ink(normalize_contrast(pixel_values), (height, width), encoder.crop_margin)
+        cells = pixel_values.shape[3] // width, pixel_values.shape[2] // height
+        for index in group_by_size(parts):
+            yield index, parts[index] / parts.new_tensor(cells * 2)
 
     @torch.no_grad()
-    def read_slots(self, pixel_values: torch.Tensor, limit: int, look_again: bool = False) -> tuple[torch.Tensor, ...]:
+    def read_slots(
+        self, pixel_values: torch.Tensor, limit: int, look_again: bool = False, part: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """What `read` cuts to each image's length.
 
         Args:
             limit: most tokens of one image; at most `num_slots`.
             look_again: settle doubts about the number by a second look, as `read` does.
+            part: read this part of each image only; see `MemoryGrid`.
 
         Returns:
             tokens `(batch, slots)`, their scores `(batch, slots)` and boxes `(batch, slots, 4)`, how many tokens to
@@ -472,7 +503,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         """
         config = self.config
         choice = config.counter_config.second_look if look_again else None
-        look, other = self.looks(pixel_values, limit, twice=choice is not None)
+        look, other = self.looks(pixel_values, limit, twice=choice is not None, part=part)
         if other is not None and choice is not None:
             *weights, bias = choice
             features = second_look_features(look, other)
@@ -488,18 +519,21 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         return tokens, look.scores, look.boxes.masked_fill(special[..., None], torch.nan), length[:, 0], look.count
 
     @torch.no_grad()
-    def looks(self, pixel_values: torch.Tensor, limit: int, twice: bool) -> tuple[Look, Look | None]:
+    def looks(
+        self, pixel_values: torch.Tensor, limit: int, twice: bool, part: torch.Tensor | None = None
+    ) -> tuple[Look, Look | None]:
         """What the slots read.
 
         Args:
             pixel_values: `(batch, 1, height, width)`.
             limit: most tokens of one image that are asked for; at most `num_slots`.
             twice: where the counter is in doubt, look again, with the numbers on the other side.
+            part: look at this part of each image only; see `MemoryGrid`.
 
         Returns:
             the first look, and the second if there is one.
         """
-        memory, *grid = self.encode(pixel_values)
+        memory, grid = self.encode(pixel_values, part)
         count_pred, cells = self._count(memory, grid)
         memory_states = self._memory_states(memory, grid)
         if cells is None or self.boundaries is None:
@@ -521,7 +555,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def _look(
         self,
         memory_states: tuple[torch.Tensor, torch.Tensor],
-        grid: Sequence[int],
+        grid: MemoryGrid,
         count: torch.Tensor,
         gaze: tuple[torch.Tensor, ...] | None,
         limit: int,
@@ -532,7 +566,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         logits, weights = self._decode(memory_states, slice(0, num_slots), gaze, need_weights=True)
         scores, tokens = logits.float().softmax(-1).max(-1)
         assert weights is not None
-        return tokens, scores, self._regions(weights.float().mean(1), *grid)
+        boxes = self._regions(weights.float().mean(1), grid.rows, grid.columns)
+        return tokens, scores, boxes if grid.part is None else uncut(boxes, grid.part)
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
         """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.

@@ -17,12 +17,17 @@ from regard.modeling.image_text_slot_second_look import (
     second_thoughts,
     splice,
 )
-from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel, MemoryGrid
 
 
 def tiny(**changes) -> Any:
     torch.manual_seed(0)
     return ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny", **changes)).eval()
+
+
+def uncropped(**changes) -> Any:
+    """A model that reads whole images, as `forward` does."""
+    return tiny(encoder_config={**PRESETS["tiny"]["encoder_config"], "crop_margin": None}, **changes)
 
 
 def test_gaze_leads_each_slot_to_its_cell():
@@ -38,9 +43,8 @@ def test_gaze_leads_each_slot_to_its_cell():
 
 def in_doubt(second_look) -> Any:
     """A model whose counter is in doubt here and there."""
-    torch.manual_seed(0)
     counter = {**PRESETS["tiny"]["counter_config"], "second_look": second_look}
-    model: Any = ImageTextSlotModel(ImageTextSlotConfig.from_preset("tiny", counter_config=counter)).eval()
+    model = uncropped(counter_config=counter)
     model.counter.presence.bias.data.fill_(-9.0)
     model.counter.presence.weight.data.mul_(3)
     return model
@@ -133,6 +137,7 @@ def test_needed_slots_equal_all_slots(preset):
     """`read` computes few slots; the same cut out of all of them must be equal."""
     torch.manual_seed(0)
     model: Any = ImageTextSlotModel(ImageTextSlotConfig.from_preset(preset)).eval()
+    model.config.encoder_config.crop_margin = None
     if preset == "tiny":
         model.counter.presence.bias.fill_(-4.0)  # nearly all cells are empty
     pixel_values = torch.randn(3, 1, 128, 128)
@@ -154,7 +159,7 @@ def test_needed_slots_equal_all_slots(preset):
 def test_slots_past_the_text_change_nothing():
     model = tiny()
     radius, steps = model.config.slot_config.mixing_radius, model.config.slot_config.num_decoder_steps
-    memory, *grid = model.encode(torch.randn(2, 1, 64, 64))
+    memory, grid = model.encode(torch.randn(2, 1, 64, 64))
     occupancy = torch.rand(2, memory.shape[1])
     gaze = (occupancy.cumsum(1) + 0.5, occupancy, occupancy.sum(1, keepdim=True) + 2)
     states = model._memory_states(memory, grid)
@@ -251,7 +256,7 @@ def positions(*cells: tuple[float, float]) -> torch.Tensor:
 def test_targets_of_the_cells():
     model = tiny()
     labels = torch.tensor([[1, 10, 11, 12, 2]])
-    targets = model._cell_targets(positions((0.1, 0.1), (0.12, 0.1), (0.9, 0.6)), labels, [4, 4])
+    targets = model._cell_targets(positions((0.1, 0.1), (0.12, 0.1), (0.9, 0.6)), labels, MemoryGrid(4, 4))
     assert targets["frames"].nonzero().tolist() == [[0, 0, 0], [0, 2, 7]]  # two in one frame are one
     assert targets["counts"].tolist() == [[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]]
     assert targets["coordinates"][0, 0] == 1.5
@@ -281,7 +286,7 @@ def test_positions_are_optional_and_masked():
 def test_teacher_forcing_tells_the_true_places_or_the_predicted_ones():
     model = tiny().train()
     labels = torch.tensor([[1, 10, 11, 2]])
-    targets = model._cell_targets(positions((0.2, 0.1), (0.9, 0.1)), labels, [4, 4])
+    targets = model._cell_targets(positions((0.2, 0.1), (0.9, 0.1)), labels, MemoryGrid(4, 4))
     mask = torch.ones(1, 4)
     presence = torch.zeros(1, 4, 8)
     presence[0, 0, [1, 7]] = 0.9

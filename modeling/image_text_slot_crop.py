@@ -1,0 +1,67 @@
+"""What of an image ImageTextSlot reads: the part that holds ink, so that empty paper costs nothing.
+
+The encoder is told where in the image the part stands, and its positions are those of the whole image.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+NOISE = 8.0  # ink differs from paper by more than so many times the median difference, which is noise,
+LEAST, MOST = 0.2, 1.0  # and by one that lies between these, in deviations of the image
+COLUMNS = 4  # widths are multiples of so many cells, so that more images of a batch have the same
+
+
+def find_ink(images: torch.Tensor, stride: tuple[int, int], margin: int) -> torch.Tensor:
+    """The part of each image that holds ink, in cells of `stride` pixels: `(batch, 4)`, left, top, right, bottom. An
+    image without ink is kept whole.
+
+    Args:
+        images: of normalised contrast, `(batch, channels, height, width)`.
+        stride: height and width of a cell.
+        margin: pixels of paper to keep around the ink, at least.
+    """
+    blurred = nn.functional.avg_pool2d(images.mean(1), 3, stride=1, padding=1, count_include_pad=False)
+    difference = (blurred - blurred.flatten(1).median(1).values[:, None, None]).abs()
+    noise = difference.flatten(1).median(1).values
+    ink = difference > (NOISE * noise).clamp(LEAST, MOST)[:, None, None]  # (batch, height, width)
+    top, bottom = _extent(ink.any(2), stride[0], margin)
+    left, right = _extent(ink.any(1), stride[1], margin)
+    columns = images.shape[3] // stride[1]
+    width = ((right - left + COLUMNS - 1) // COLUMNS * COLUMNS).clamp(max=columns)
+    left = torch.minimum(left, columns - width)
+    return torch.stack((left, top, left + width, bottom), dim=1)
+
+
+def _extent(ink: torch.Tensor, stride: int, margin: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First cell with ink and the one behind the last, each `(batch,)`, of pixels `(batch, side)`."""
+    side = ink.shape[1]
+    ink = ink | ~ink.any(1, keepdim=True)
+    first = ink.int().argmax(1)
+    behind = side - ink.flip(1).int().argmax(1)
+    return (first - margin).clamp(min=0) // stride, (behind + margin + stride - 1).clamp(max=side) // stride
+
+
+def group_by_size(parts: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Indices of the parts `(batch, 4)` that have one size, for each size."""
+    _, group = torch.unique(parts[:, 2:] - parts[:, :2], dim=0, return_inverse=True)
+    return (index for number in range(int(group.max()) + 1) for index in [(group == number).nonzero().flatten()])
+
+
+def cut(images: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Parts `(batch, 4)` of images `(batch, channels, height, width)`, given as shares of them and equally large."""
+    height, width = images.shape[2:]
+    edges = (part * part.new_tensor([width, height, width, height])).round().long().tolist()
+    return torch.stack(
+        [image[:, top:bottom, left:right] for image, (left, top, right, bottom) in zip(images, edges, strict=True)]
+    )
+
+
+def uncut(boxes: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Boxes `(batch, boxes, 4)` as shares of an image, from such of its parts `(batch, 4)`."""
+    corner, size = part[:, None, :2], part[:, None, 2:] - part[:, None, :2]
+    return boxes * size.repeat(1, 1, 2) + corner.repeat(1, 1, 2)
+
+
+__all__ = ["cut", "find_ink", "group_by_size", "uncut"]
