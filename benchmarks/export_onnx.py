@@ -121,7 +121,8 @@ def tasks(verb: str, model: Any, processor: Any, graphs: Graphs) -> dict[str, tu
     images = [] if verb == "count" else sample_images(verb)
     measured: dict[str, tuple[Callable, Callable]] = {}
     if verb == "read":
-        model.config.counter_config.second_look = None  # the graph has none
+        model.config.counter_config.second_look = None  # the graph has none of these
+        model.config.encoder_config.crop_margin = None
     for number in BATCHES:
         if verb == "read":
             pixels = processor(images=images[:number], return_tensors="pt")["pixel_values"]

@@ -447,16 +447,17 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         return (loss * weight.flatten()).sum(), weight.sum()
 
     @torch.no_grad()
-    def read(self, pixel_values: torch.Tensor, max_slots: int | None = None) -> ImageTextSlotReading:
+    def read(self, pixel_values: torch.Tensor, max_slots: int | None = None, crop: bool = True) -> ImageTextSlotReading:
         """Read images `(batch, 1, height, width)`: their tokens, how sure each is and where it was seen.
 
         Only the slots that the predicted number asks for are computed, with as many more as their neighbours can
-        feel; the result is that of computing all. Of an image, the part that holds ink is read, by the configuration's
-        `crop_margin`. Where the counter is in doubt, and the configuration's `second_look` says how to choose, the
-        characters are read with one more or one less as well, and the better reading is kept.
+        feel; the result is that of computing all. Images are read in groups whose parts with ink are of one size.
+        Where the counter is in doubt, and the configuration's `second_look` says how to choose, the characters are
+        read with one more or one less as well, and the better reading is kept.
 
         Args:
             max_slots: most tokens of one image, start and end included; `num_slots` if None.
+            crop: read the part of each image that holds ink, by the configuration's `crop_margin`; else whole images.
 
         Raises:
             ValueError: `max_slots` leaves no room for start and end.
@@ -466,17 +467,17 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             raise ValueError(f"max_slots={max_slots} must be at least 2: start and end are tokens too.")
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         readings: dict[int, tuple[torch.Tensor, ...]] = {}
-        for index, part in self._parts(pixel_values):
+        for index, part in self._parts(pixel_values, crop):
             *reading, length, count_pred = self.read_slots(pixel_values[index], limit, look_again=True, part=part)
             cut = [[row[:n] for row, n in zip(rows, length.tolist(), strict=True)] for rows in reading]
             readings |= zip(index.tolist(), zip(*cut, count_pred, strict=True), strict=True)
         sequences, scores, boxes, count_pred = zip(*(readings[i] for i in range(len(readings))), strict=True)
         return ImageTextSlotReading(list(sequences), list(scores), list(boxes), torch.stack(count_pred))
 
-    def _parts(self, pixel_values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _parts(self, pixel_values: torch.Tensor, crop: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Indices of images that are read together, and the part of each that is (see `MemoryGrid`)."""
         encoder = self.config.encoder_config
-        if encoder.crop_margin is None:
+        if not crop or encoder.crop_margin is None:
             yield torch.arange(len(pixel_values), device=pixel_values.device), None
             return
         self._check_shape(pixel_values)

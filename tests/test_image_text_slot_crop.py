@@ -99,8 +99,12 @@ def test_without_a_margin_whole_images_are_read():
     assert torch.equal(whole.read(full).sequences[0], cropped.read(full).sequences[0])
     sizes = []
     whole.encoder.entries[0].register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
-    whole.read(small)
+    expected = whole.read(small)
     assert sizes == [(1, 1, 128, 128)]
+    reading = cropped.read(small, crop=False)
+    assert torch.equal(reading.sequences[0], expected.sequences[0])
+    assert torch.equal(reading.scores[0], expected.scores[0])
+    assert len(cropped.read(small).sequences[0]) != len(expected.sequences[0])
 
 
 @torch.no_grad()

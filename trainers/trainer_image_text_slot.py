@@ -191,7 +191,8 @@ class SlotTrainer(RegardTrainer):
                 return loss, None, None
             reader = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast():
-                reading = reader.read(inputs["pixel_values"])
+                # Under FSDP the encoder must be called equally often in all processes.
+                reading = reader.read(inputs["pixel_values"], crop=not self.is_fsdp_enabled)
         sequences = torch.nn.utils.rnn.pad_sequence(reading.sequences, batch_first=True, padding_value=-100)
         return loss, (sequences, reading.count_pred), inputs["labels"]
 

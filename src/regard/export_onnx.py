@@ -79,7 +79,8 @@ def export_onnx(model: PreTrainedModel, folder: str | Path) -> list[Path]:
     - ImageTextSlot, `read.onnx`: `pixel_values ("batch", 1, image_size, image_size)` -> `tokens` and `scores
       ("batch", "slots")`, `boxes ("batch", "slots", 4)`, `length ("batch",)`, `count_pred ("batch", 1)`. As many slots
       are computed as the longest text of the batch needs. Each row's first `length` of the first three are what
-      `ImageTextSlotProcessor.post_process` takes. The graph looks once: it has no `second_look`.
+      `ImageTextSlotProcessor.post_process` takes. The graph looks once, at whole
+      images: it has no `second_look` and no `crop_margin`.
     - QAViTForImageClassification, `classify.onnx`: `pixel_values ("batch", channels, image_size, image_size)` ->
       `logits ("batch", num_labels)`. The image's size is fixed: windows and their padding are laid out by it.
     - QueryConditionedVQA, `encode_image.onnx`: `pixel_values ("images", channels, image_size, image_size)` ->
