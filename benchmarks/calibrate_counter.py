@@ -3,7 +3,7 @@
     python benchmarks/calibrate_counter.py runs/image-text-slot-5m [--images 300] [--save FOLDER]
 
 Two things, on fonts that the model was not trained on. One number, added to the bias of the counter's last layer: the
-one with which most characters are read right. Then the five of the second look (`ImageTextSlotModel.read`): where the
+one with which most characters are read right. Then the seven of the second look (`ImageTextSlotModel.read`): where the
 counter is in doubt, both numbers are read, and logistic regression learns from the texts which reading to keep. Prints
 character accuracy and exact match of each step, the last one on other validation images than it learned from; saves the
 model in half precision.
@@ -50,7 +50,7 @@ def measure(model, processor, data) -> dict[str, float]:
 
 @torch.inference_mode()
 def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features `(doubts, 4)` of numbers that are in doubt, and whether the other number reads better, `(doubts,)`;
+    """Features `(doubts, 6)` of numbers that are in doubt, and whether the other number reads better, `(doubts,)`;
     those that make no difference are left out."""
     features, labels = [], []
     newline = processor.tokenizer("\n")["input_ids"][1]
@@ -65,6 +65,7 @@ def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
             true = processor.tokenizer(text)["input_ids"][1:-1]
 
             def error(read: list[int], true=true) -> int:
+                read = [token for token in read if token != model.config.pad_token_id]  # stands for nothing
                 return Levenshtein.distance(read[:-1] if read[-1:] == [newline] else read, true)
 
             read, changed = (tokens[look][row][1 : ends[look][row][-1] + 1] for look in (0, 1))
@@ -76,7 +77,7 @@ def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
                 if better:
                     features.append(of_groups[row, group])
                     labels.append(float(better > 0))
-    return torch.stack(features) if features else torch.zeros(0, 4), torch.tensor(labels)
+    return torch.stack(features) if features else torch.zeros(0, 6), torch.tensor(labels)
 
 
 def fit(features: torch.Tensor, labels: torch.Tensor) -> list[float] | None:

@@ -145,9 +145,10 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
         depth: number of convolution blocks over the frames.
         normalize_loss: divide the error by the square root of the true number before the Huber loss.
         loss_weight: weight of that loss.
-        second_look: four weights and a bias by which `ImageTextSlotModel.read` chooses, where a number was rounded by
+        second_look: six weights and a bias by which `ImageTextSlotModel.read` chooses, where a number was rounded by
             more than a tenth, between it and the one on the other side: of the log odds of the rounding, of how much
-            surer the reading is in sum and in mean, and of how many more characters repeat; None: no second look.
+            surer the reading is in sum and in mean, of how many more characters repeat, and of how probable it is that
+            a slot of the one, or of the other, has no character; None: no second look.
             `benchmarks/calibrate_counter.py` fits them.
     """
 
@@ -185,6 +186,8 @@ class ImageTextSlotConfig(PreTrainedConfig):
             Learned tokens start at 0.02 either way.
         teacher_forcing: share of training images (of those whose character positions are known) for which the slots
             are told the true coordinates; the others get the predicted ones where these are nearly right.
+        false_sightings: share of these others in which some characters are counted that are not there; their slots
+            learn to answer with the padding token.
     """
 
     model_type = "image_text_slot"
@@ -221,6 +224,7 @@ class ImageTextSlotConfig(PreTrainedConfig):
     character_loss_weight: float | int = 1.0
     look_loss_weight: float | int = 0.0
     teacher_forcing: float | int = 0.5
+    false_sightings: float | int = 0.5
     training_slots: int | None = None
     initializer_range: float | None = None
     layer_norm_eps: float = 1e-6

@@ -1,7 +1,8 @@
 """The second look of ImageTextSlot: where the counter is in doubt, both numbers are read, and the better reading kept.
 
 Which of the two is better is decided group by group, a group being the characters from one gap to the next; what is
-kept is spliced together from the groups of both readings.
+kept is spliced together from the groups of both readings. Slots that were sent to a character that is not there have
+learnt to say so: in training, groups get one character more than they have.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 DOUBT = 0.1  # a number rounded by more is looked at again
+FALSE_SIGHTING = 0.02  # in training, a number that more than this was added to may be taken for one more
 MOST_DOUBTS = 24  # in an image with more, letters are too small: to look again costs much and mends little
 
 
@@ -22,6 +24,7 @@ class Look(NamedTuple):
         tokens: token of each slot, `(batch, slots)`.
         scores: its probability, `(batch, slots)`.
         boxes: the region it was read from as shares of the image, `(batch, slots, 4)`.
+        voids: the probability that there is no character for it, `(batch, slots)`.
     """
 
     count: torch.Tensor
@@ -30,6 +33,7 @@ class Look(NamedTuple):
     tokens: torch.Tensor
     scores: torch.Tensor
     boxes: torch.Tensor
+    voids: torch.Tensor
 
 
 def second_thoughts(doubts: torch.Tensor) -> torch.Tensor:
@@ -42,16 +46,19 @@ def second_thoughts(doubts: torch.Tensor) -> torch.Tensor:
 
 
 def second_look_features(first: Look, second: Look) -> torch.Tensor:
-    """By what to choose between two readings of each group of characters, `(batch, groups, 4)`: the log odds of the
-    number that was rounded away, how much surer the second reading is of the group's characters in sum and in mean, and
-    how many more of its characters repeat the one before."""
+    """By what to choose between two readings of each group of characters, `(batch, groups, 6)`: the log odds of the
+    number that was rounded away, how much surer the second reading is of the group's characters in sum and in mean, how
+    many more of its characters repeat the one before, and how probable it is that the first, and the second, was sent
+    to a character that is not there."""
     odds = first.doubts.abs().clamp(1e-3, 1 - 1e-3).logit()
-    changes = [b - a for a, b in zip(_sureness(first), _sureness(second), strict=True)]
-    return torch.stack((odds, *changes), dim=-1)
+    (*before, first_void), (*after, second_void) = _sureness(first), _sureness(second)
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return torch.stack((odds, *changes, first_void, second_void), dim=-1)
 
 
-def _sureness(look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each group of characters, `(batch, groups)`: log-probability in sum and in mean, and repetitions."""
+def _sureness(look: Look) -> tuple[torch.Tensor, ...]:
+    """Of each group of characters, `(batch, groups)`: log-probability in sum and in mean, repetitions, and the largest
+    probability of a slot that there is no character for it."""
     tokens, ends = look.tokens, look.numbers.cumsum(1)
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     inside = (index >= 1) & (index <= ends[:, -1:])  # neither start nor end
@@ -61,7 +68,30 @@ def _sureness(look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     again = ((tokens[:, 1:] == tokens[:, :-1]) & inside[:, 1:] & inside[:, :-1]).float()
     before = again * (group[:, 1:] != group[:, :-1])  # a repetition over a gap counts on both sides
     repeats = zero.scatter_add(1, group[:, 1:], again).scatter_add(1, group[:, :-1], before)
-    return total, total / look.numbers.clamp(min=1), repeats
+    void = zero.scatter_reduce(1, group, look.voids * inside, "amax")
+    return total, total / look.numbers.clamp(min=1), repeats, void
+
+
+def false_sightings(numbers: torch.Tensor, doubts: torch.Tensor) -> torch.Tensor:
+    """Groups that are to get one character more than they have, drawn anew each time, 1 or 0 `(batch, groups)`: half of
+    those where the counter expected more than their `numbers`, and now and then any other."""
+    there = numbers > 0
+    chance = 0.5 * there / there.sum(1, keepdim=True).clamp(min=1)
+    return torch.bernoulli(torch.where(doubts > FALSE_SIGHTING, 0.5, chance))
+
+
+def seen_tokens(numbers: torch.Tensor, change: torch.Tensor, slots: int) -> torch.Tensor:
+    """Which token each slot sees, start and end counted, `(batch, slots)`, where `change` characters, 1 or 0, are added
+    to the `numbers` of each group, both `(batch, groups)`; -1 for a slot in whose place there is none, which is the
+    middle one of its group."""
+    sizes = numbers + change
+    ends = sizes.cumsum(1)
+    index = torch.arange(slots, device=ends.device).expand(len(ends), -1)
+    group = _group(ends, index)
+    within = index - 1 - (ends - sizes).gather(1, group)
+    void = (change.gather(1, group) > 0) & (within == (sizes.gather(1, group) / 2).floor())
+    void &= index <= ends[:, -1:]
+    return torch.where(void, -1, index - void.long().cumsum(1))
 
 
 def _group(ends: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -95,7 +125,16 @@ def splice(first: Look, second: Look, chosen: torch.Tensor) -> Look:
         tokens=spliced("tokens"),
         scores=spliced("scores"),
         boxes=spliced("boxes"),
+        voids=spliced("voids"),
     )
 
 
-__all__ = ["MOST_DOUBTS", "Look", "second_look_features", "second_thoughts", "splice"]
+__all__ = [
+    "MOST_DOUBTS",
+    "Look",
+    "false_sightings",
+    "second_look_features",
+    "second_thoughts",
+    "seen_tokens",
+    "splice",
+]

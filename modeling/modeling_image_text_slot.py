@@ -28,8 +28,10 @@ from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEnco
 from regard.modeling.image_text_slot_second_look import (
     MOST_DOUBTS,
     Look,
+    false_sightings,
     second_look_features,
     second_thoughts,
+    seen_tokens,
     splice,
 )
 from regard.modeling.layers import SwiGLU, sinusoidal_positions, sinusoidal_positions_2d
@@ -309,7 +311,10 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         gaze = None
         if cells is not None and self.config.slot_config.position_sharpness > 0:
             if self.training and targets is not None and attention_mask is not None:
-                gaze = self._teach(targets, attention_mask, cells)
+                *gaze, seen = self._teach(targets, attention_mask, cells)
+                if seen is not None:
+                    labels = self._labels_seen(labels, seen, self.config.pad_token_id)
+                    targets["cell"] = self._labels_seen(targets["cell"], seen, -1)
             else:
                 gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
         window = self._window(labels)
@@ -371,20 +376,42 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         targets: dict[str, torch.Tensor],
         attention_mask: torch.Tensor,
         cells: CellCounts,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Where the slots are sent in training: to the true places, but in the share `1 - teacher_forcing` of the
         images (and where the true ones are unknown) to the predicted ones, unless these are more than half a character
-        off. Returns coordinates, occupancy (both `(batch, cells)`) and number of tokens `(batch, 1)`."""
+        off. In a share of these, `false_sightings`, some are sent to characters that are not there.
+
+        Returns:
+            coordinates and occupancy `(batch, cells)`, number of tokens `(batch, 1)`, and the token that each slot sees
+            `(batch, slots)`, -1 where there is none; None where each sees its own.
+        """
         coordinates, counts = targets["coordinates"].clone(), targets["counts"].clone()
         count = attention_mask.sum(1, keepdim=True).to(counts.dtype)
         free = (torch.rand(len(counts), device=counts.device) >= self.config.teacher_forcing) | ~targets["known"]
-        predicted, numbers, count_pred, *_ = self.counter.gaze(cells.logits[free].sigmoid(), cells.line_offset[free])
+        expected = cells.logits[free].sigmoid(), cells.line_offset[free]
+        predicted, numbers, count_pred, whole, doubts = self.counter.gaze(*expected)
         error = (predicted - coordinates[free]).abs().masked_fill(counts[free] == 0, 0).amax(1, keepdim=True)
-        close = (torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5) | ~targets["known"][free, None]
+        right = torch.maximum(error, (count_pred - count[free]).abs()) <= 0.5
+        close = right | ~targets["known"][free, None]
+        fooled = right & targets["known"][free, None] & (torch.rand_like(error) < self.config.false_sightings)
+        change = false_sightings(whole, doubts) * fooled
+        seen = None
+        if change.any():
+            slots = min(attention_mask.shape[1] + int(change.sum(1).max()), self.config.num_slots)
+            seen = torch.arange(slots, device=counts.device).repeat(len(counts), 1)
+            seen[free] = seen_tokens(whole, change, slots)
+            predicted, numbers, count_pred, *_ = self.counter.gaze(*expected, change)
         coordinates[free] = torch.where(close, predicted, coordinates[free])
         counts[free] = torch.where(close, numbers, counts[free])
         count[free] = torch.where(close, count_pred, count[free])
-        return coordinates, counts, count
+        return coordinates, counts, count, seen
+
+    @staticmethod
+    def _labels_seen(labels: torch.Tensor, seen: torch.Tensor, void: int) -> torch.Tensor:
+        """Labels `(batch, tokens)` put before the slots that see them (see `_teach`); `void` where there is none."""
+        past = -100 if void >= 0 else void
+        labels = nn.functional.pad(labels, (0, max(seen.shape[1] - labels.shape[1], 0)), value=past)
+        return torch.where(seen < 0, void, labels.gather(1, seen.clamp(min=0)))
 
     def _losses(
         self, logits, window, count_pred, labels, attention_mask, memory, cells, targets, weights
@@ -560,15 +587,17 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         count: torch.Tensor,
         gaze: tuple[torch.Tensor, ...] | None,
         limit: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, scores and boxes of the slots that are needed for a number of tokens `(batch, 1)`."""
+    ) -> tuple[torch.Tensor, ...]:
+        """What the slots that are needed for a number of tokens `(batch, 1)` see: the last four parts of `Look`."""
         num_slots = count.round().long().clamp(2, limit).max() + 2 + self.config.slot_config.reach
         num_slots = num_slots.clamp(max=self.config.num_slots).item()  # a symbol when exported
         logits, weights = self._decode(memory_states, slice(0, num_slots), gaze, need_weights=True)
-        scores, tokens = logits.float().softmax(-1).max(-1)
+        probabilities = logits.float().softmax(-1)
+        scores, tokens = probabilities.max(-1)
         assert weights is not None
         boxes = self._regions(weights.float().mean(1), grid.rows, grid.columns)
-        return tokens, scores, boxes if grid.part is None else uncut(boxes, grid.part)
+        boxes = boxes if grid.part is None else uncut(boxes, grid.part)
+        return tokens, scores, boxes, probabilities[..., self.config.pad_token_id]
 
     def generate(self, pixel_values: torch.Tensor, max_slots: int | None = None, **kwargs) -> list[torch.Tensor]:
         """Token ids of each image from start to end, `(tokens,)` a row: the arg-max of all slots, in one pass.

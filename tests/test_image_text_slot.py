@@ -13,8 +13,10 @@ from regard.modeling.image_text_slot_second_look import (
     MOST_DOUBTS,
     Look,
     _sureness,
+    false_sightings,
     second_look_features,
     second_thoughts,
+    seen_tokens,
     splice,
 )
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel, MemoryGrid
@@ -60,7 +62,7 @@ def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
     change = second_thoughts(look.doubts)
     assert change.abs().sum(1).min() > 0
     assert torch.equal(other.numbers, (look.numbers + change).clamp(min=0))
-    never, always = (in_doubt([0, 0, 0, 0, bias]).read(pixel_values) for bias in (-1, 1))
+    never, always = (in_doubt([0, 0, 0, 0, 0, 0, bias]).read(pixel_values) for bias in (-1, 1))
     for a, b in zip(first.sequences, never.sequences, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(always.count_pred, other.count)
@@ -68,7 +70,7 @@ def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
     spliced = splice(look, other, look.numbers != other.numbers)
     for a, b in zip(always.sequences, spliced.tokens, strict=True):
         assert torch.equal(a, b[: len(a)])
-    weighing = in_doubt([1.0, 1.0, 1.0, -1.0, 2.0])
+    weighing = in_doubt([1.0, 1.0, 1.0, -1.0, 2.0, -2.0, 2.0])
     whole = weighing.read(pixel_values).sequences
     for index, sequence in enumerate(whole):
         assert torch.equal(weighing.read(pixel_values[index : index + 1]).sequences[0], sequence)
@@ -95,19 +97,23 @@ def look_of(numbers: list[float], tokens: list[int], doubts: list[float] | None 
         tokens=read,
         scores=read / 100,
         boxes=(read / 100)[..., None].expand(-1, -1, 4),
+        voids=read / 1000,
     )
 
 
 def test_what_a_second_look_goes_by():
     first = look_of([1.0, 2.0, 0.0, 1.0], [1, 9, 9, 8, 8, 2], [-0.25] * 4)
-    total, mean, repeats = _sureness(first)
+    total, mean, repeats, void = _sureness(first)
     surety = first.scores.log()[0]
     torch.testing.assert_close(total[0], torch.stack((surety[1], surety[2] + surety[3], surety[0] * 0, surety[4])))
     torch.testing.assert_close(mean[0], total[0] / torch.tensor([1, 2, 1, 1]))
     assert repeats[0].tolist() == [1, 2, 0, 1]  # 9 twice over the first gap, 8 over the next
+    torch.testing.assert_close(void, torch.tensor([[0.009, 0.009, 0.0, 0.008]]))
     features = second_look_features(first, first)
     assert features[0, :, 0].tolist() == pytest.approx([math.log(0.25 / 0.75)] * 4)
-    assert not features[..., 1:].any()
+    assert not features[..., 1:4].any()
+    torch.testing.assert_close(features[..., 4], void)
+    torch.testing.assert_close(features[..., 5], void)
 
 
 @pytest.mark.parametrize(
@@ -295,19 +301,68 @@ def test_teacher_forcing_tells_the_true_places_or_the_predicted_ones():
         return model._teach(targets, mask, CellCounts(predicted.logit(1e-6), torch.zeros(1, 16)))
 
     model.config.teacher_forcing = 1.0
-    coordinates, counts, count = teach(presence)
+    coordinates, counts, count, _ = teach(presence)
     assert torch.equal(coordinates, targets["coordinates"])
     assert count.item() == 4
     model.config.teacher_forcing = 0.0
-    coordinates, counts, count = teach(presence)
+    model.config.false_sightings = 0
+    coordinates, counts, count, seen = teach(presence)
+    assert seen is None
     torch.testing.assert_close(counts, targets["counts"], atol=1e-3, rtol=0)
     assert count.item() == 4
     presence[0, 0, [1, 2]] = 0.45  # on the edge between two cells
-    _, counts, _ = teach(presence)
+    _, counts, *_ = teach(presence)
     assert not torch.allclose(counts, targets["counts"], atol=1e-3)
-    coordinates, counts, count = teach(torch.ones(1, 4, 8))  # one that is far off would teach slots to guess
+    coordinates, counts, count, _ = teach(torch.ones(1, 4, 8))  # one that is far off would teach slots to guess
     assert torch.equal(counts, targets["counts"])
     assert count.item() == 4
+
+
+def test_what_slots_see_that_are_sent_to_characters_that_are_not_there():
+    numbers = torch.tensor([[1.0, 0.0, 2.0, 1.0, 0.0]])
+    for groups, expected in (
+        ([], [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ([0], [0, 1, -1, 2, 3, 4, 5, 6, 7]),  # the second of two in one's place
+        ([1], [0, 1, -1, 2, 3, 4, 5, 6, 7]),
+        ([2], [0, 1, 2, -1, 3, 4, 5, 6, 7]),  # the one in the middle
+        ([1, 3], [0, 1, -1, 2, 3, 4, -1, 5, 6]),
+        ([4], [0, 1, 2, 3, 4, -1, 5, 6, 7]),
+    ):
+        change = torch.zeros(1, 5)
+        change[0, groups] = 1
+        assert seen_tokens(numbers, change, 9).tolist() == [expected]
+    labels = torch.tensor([[1, 10, 11, 12, 13, 2]])
+    seen = torch.tensor([[0, 1, -1, 2, 3, 4, 5, 6]])
+    assert ImageTextSlotModel._labels_seen(labels, seen, 0).tolist() == [[1, 10, 0, 11, 12, 13, 2, -100]]
+    assert ImageTextSlotModel._labels_seen(labels, seen, -1).tolist() == [[1, 10, -1, 11, 12, 13, 2, -1]]
+
+
+def test_false_sightings_are_where_more_was_expected_and_now_and_then_elsewhere():
+    torch.manual_seed(0)
+    numbers = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(2000, -1)
+    doubts = torch.tensor([[0.3, -0.3, 0.3, 0.0]]).expand(2000, -1)
+    share = false_sightings(numbers, doubts).mean(0)
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.25, 0.5, 0.0]), atol=0.05, rtol=0)
+
+
+def test_teacher_forcing_sends_some_slots_to_characters_that_are_not_there():
+    torch.manual_seed(0)
+    model = tiny().train()
+    model.config.teacher_forcing, model.config.false_sightings = 0.0, 1.0
+    targets = model._cell_targets(positions((0.2, 0.1), (0.9, 0.1)), torch.tensor([[1, 10, 11, 2]]), MemoryGrid(4, 4))
+    presence = torch.zeros(1, 4, 8)
+    presence[0, 0, [1, 4, 7]] = torch.tensor([0.9, 0.3, 0.9])
+    lines = CellCounts(presence.logit(1e-6), torch.zeros(1, 16))
+    seen = set()
+    for _ in range(20):
+        _, held, count, tokens = model._teach(targets, torch.ones(1, 4), lines)
+        if tokens is None:
+            continue
+        void = (tokens == -1).sum().item()
+        assert count.item() == 4 + void == tokens.shape[1]
+        assert held.sum().item() == pytest.approx(2 + void, abs=0.01)
+        seen.add(tuple(tokens[0].tolist()))
+    assert (0, 1, -1, 2, 3) in seen
 
 
 def test_look_loss_is_the_attention_on_the_characters_cell():
