@@ -480,7 +480,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         Only the slots that the predicted number asks for are computed, with as many more as their neighbours can
         feel; the result is that of computing all. Images are read in groups whose parts with ink are of one size.
         Where the counter is in doubt, and the configuration's `second_look` says how to choose, the characters are
-        read with one more or one less as well, and the better reading is kept.
+        read with one more or one less as well, and the better reading is kept. Slots that find no character where they
+        were sent are left out.
 
         Args:
             max_slots: most tokens of one image, start and end included; `num_slots` if None.
@@ -495,9 +496,15 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         readings: dict[int, tuple[torch.Tensor, ...]] = {}
         for index, part in self._parts(pixel_values, crop):
-            *reading, length, count_pred = self.read_slots(pixel_values[index], limit, look_again=True, part=part)
-            cut = [[row[:n] for row, n in zip(rows, length.tolist(), strict=True)] for rows in reading]
-            readings |= zip(index.tolist(), zip(*cut, count_pred, strict=True), strict=True)
+            tokens, scores, boxes, length, count_pred = self.read_slots(
+                pixel_values[index], limit, look_again=True, part=part
+            )
+            kept = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]  # (batch, slots)
+            if self.counts_cells:  # no character was there after all
+                void = kept & (tokens == config.pad_token_id)
+                kept, count_pred = kept & ~void, count_pred - void.sum(1, keepdim=True)
+            rows = [[row[keep] for row, keep in zip(found, kept, strict=True)] for found in (tokens, scores, boxes)]
+            readings |= zip(index.tolist(), zip(*rows, count_pred, strict=True), strict=True)
         sequences, scores, boxes, count_pred = zip(*(readings[i] for i in range(len(readings))), strict=True)
         return ImageTextSlotReading(list(sequences), list(scores), list(boxes), torch.stack(count_pred))
 

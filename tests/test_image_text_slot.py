@@ -178,6 +178,25 @@ def test_slots_past_the_text_change_nothing():
 
 
 @torch.no_grad()
+def test_slots_that_find_no_character_are_left_out():
+    model = uncropped()
+    model.counter.presence.bias.fill_(-3.0)
+    pixel_values = torch.randn(2, 1, 128, 128)
+    before = model.read(pixel_values)
+    token = before.sequences[0][1].item()
+    assert token > 2
+    weight, bias = model.classifier.weight, model.classifier.bias
+    weight[[model.config.pad_token_id, token]] = weight[[token, model.config.pad_token_id]]
+    bias[[model.config.pad_token_id, token]] = bias[[token, model.config.pad_token_id]]
+    after = model.read(pixel_values)
+    for index, tokens in enumerate(before.sequences):
+        there = tokens != token
+        assert torch.equal(after.sequences[index], tokens[there])
+        torch.testing.assert_close(after.boxes[index], before.boxes[index][there], equal_nan=True)
+        assert after.count_pred[index] == before.count_pred[index] - (~there).sum()
+
+
+@torch.no_grad()
 def test_max_slots_limits_the_reading_only():
     model = tiny()
     pixel_values = torch.randn(2, 1, 128, 128)
