@@ -163,6 +163,13 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
     loss_weight: float | int = 0.1
     second_look: list[float | int] | tuple[float | int, ...] | None = None
 
+    def validate_architecture(self):
+        if self.second_look is not None and len(self.second_look) != 7:
+            raise ValueError(
+                f"second_look has {len(self.second_look)} numbers, but needs six weights and a bias, or None: fit them "
+                "with benchmarks/calibrate_counter.py."
+            )
+
 
 @strict
 class ImageTextSlotConfig(PreTrainedConfig):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
 from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
@@ -77,6 +78,11 @@ def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
     for limit in (2, 5, 9):
         for a, b in zip(weighing.read(pixel_values, max_slots=limit).sequences, whole, strict=True):
             assert torch.equal(a[: limit - 1], b[: limit - 1])
+
+
+def test_a_second_look_needs_all_its_weights():
+    with pytest.raises(StrictDataclassClassValidationError, match="second_look has 5 numbers"):
+        in_doubt([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 def test_what_is_looked_at_again():
