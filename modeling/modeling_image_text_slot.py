@@ -311,8 +311,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         gaze = None
         if cells is not None and self.config.slot_config.position_sharpness > 0:
             if self.training and targets is not None and attention_mask is not None:
-                *gaze, seen = self._teach(targets, attention_mask, cells)
-                if seen is not None:
+                *places, seen = self._teach(targets, attention_mask, cells)
+                gaze = tuple(places)
+                if seen is not None and labels is not None:
                     labels = self._labels_seen(labels, seen, self.config.pad_token_id)
                     targets["cell"] = self._labels_seen(targets["cell"], seen, -1)
             else:
