@@ -191,8 +191,8 @@ class SlotTrainer(RegardTrainer):
                 return loss, None, None
             reader = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast():
-                # Under FSDP the encoder must be called equally often in all processes.
-                reading = reader.read(inputs["pixel_values"], crop=not self.is_fsdp_enabled)
+                # Whole images: where weights are sharded, all processes must call the encoder equally often.
+                reading = reader.read(inputs["pixel_values"], crop=False)
         sequences = torch.nn.utils.rnn.pad_sequence(reading.sequences, batch_first=True, padding_value=-100)
         return loss, (sequences, reading.count_pred), inputs["labels"]
 
