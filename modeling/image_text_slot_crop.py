@@ -3,8 +3,6 @@
 The encoder is told where in the image the part stands, and its positions are those of the whole image.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -43,10 +41,10 @@ def _extent(ink: torch.Tensor, stride: int, margin: int) -> tuple[torch.Tensor, 
     return (first - margin).clamp(min=0) // stride, (behind + margin + stride - 1).clamp(max=side) // stride
 
 
-def group_by_size(parts: torch.Tensor) -> Iterator[torch.Tensor]:
+def group_by_size(parts: torch.Tensor) -> list[torch.Tensor]:
     """Indices of the parts `(batch, 4)` that have one size, for each size."""
-    _, group = torch.unique(parts[:, 2:] - parts[:, :2], dim=0, return_inverse=True)
-    return (index for number in range(int(group.max()) + 1) for index in [(group == number).nonzero().flatten()])
+    sizes, group = torch.unique(parts[:, 2:] - parts[:, :2], dim=0, return_inverse=True)
+    return [(group == number).nonzero().flatten() for number in range(sizes.shape[0])]
 
 
 def cut(images: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -409,9 +409,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
 
     @staticmethod
     def _labels_seen(labels: torch.Tensor, seen: torch.Tensor, void: int) -> torch.Tensor:
-        """Labels `(batch, tokens)` put before the slots that see them (see `_teach`); `void` where there is none."""
-        past = -100 if void >= 0 else void
-        labels = nn.functional.pad(labels, (0, max(seen.shape[1] - labels.shape[1], 0)), value=past)
+        """What is known of the tokens `(batch, tokens)`, for the slots that see them (see `_teach`), `(batch, slots)`:
+        `void` where a slot sees none, -100 past the tokens."""
+        labels = nn.functional.pad(labels, (0, max(seen.shape[1] - labels.shape[1], 0)), value=-100)
         return torch.where(seen < 0, void, labels.gather(1, seen.clamp(min=0)))
 
     def _losses(

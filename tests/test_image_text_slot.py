@@ -359,7 +359,7 @@ def test_what_slots_see_that_are_sent_to_characters_that_are_not_there():
     labels = torch.tensor([[1, 10, 11, 12, 13, 2]])
     seen = torch.tensor([[0, 1, -1, 2, 3, 4, 5, 6]])
     assert ImageTextSlotModel._labels_seen(labels, seen, 0).tolist() == [[1, 10, 0, 11, 12, 13, 2, -100]]
-    assert ImageTextSlotModel._labels_seen(labels, seen, -1).tolist() == [[1, 10, -1, 11, 12, 13, 2, -1]]
+    assert ImageTextSlotModel._labels_seen(labels, seen, -1).tolist() == [[1, 10, -1, 11, 12, 13, 2, -100]]
 
 
 def test_false_sightings_are_where_more_was_expected_and_now_and_then_elsewhere():
