@@ -47,6 +47,18 @@ def group_by_size(parts: torch.Tensor) -> list[torch.Tensor]:
     return [(group == number).nonzero().flatten() for number in range(sizes.shape[0])]
 
 
+def common_size(parts: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
+    """Parts `(batch, 4)` grown to one size, that of the widest and the highest, within images of so many cells; how much
+    of a part's growth lies to its left and above it is drawn at random."""
+    limit = parts.new_tensor([columns, rows])
+    corner, size = parts[:, :2], parts[:, 2:] - parts[:, :2]
+    common = size.amax(0)
+    least = (corner + size - common).clamp(min=0)
+    most = torch.minimum(corner, limit - common)
+    corner = least + (torch.rand(least.shape, device=parts.device) * (most - least + 1)).long()
+    return torch.cat((corner, corner + common), dim=1)
+
+
 def cut(images: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Parts `(batch, 4)` of images `(batch, channels, height, width)`, given as shares of them and equally large."""
     height, width = images.shape[2:]
@@ -56,10 +68,17 @@ def cut(images: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     )
 
 
+def within(points: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Points of an image `(batch, points, 3)`, one across and two down as shares of it, as shares of such a part of it
+    `(batch, 4)`."""
+    corner, size = part[:, None, [0, 1, 1]], (part[:, 2:] - part[:, :2])[:, None, [0, 1, 1]]
+    return (points - corner) / size
+
+
 def uncut(boxes: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Boxes `(batch, boxes, 4)` as shares of an image, from such of its parts `(batch, 4)`."""
     corner, size = part[:, None, :2], part[:, None, 2:] - part[:, None, :2]
     return boxes * size.repeat(1, 1, 2) + corner.repeat(1, 1, 2)
 
 
-__all__ = ["cut", "find_ink", "group_by_size", "uncut"]
+__all__ = ["common_size", "cut", "find_ink", "group_by_size", "uncut", "within"]

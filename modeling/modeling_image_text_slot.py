@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
 from regard.modeling.attention import Attention
 from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
-from regard.modeling.image_text_slot_crop import find_ink, group_by_size, uncut
+from regard.modeling.image_text_slot_crop import common_size, find_ink, group_by_size, uncut, within
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder, normalize_contrast
 from regard.modeling.image_text_slot_second_look import (
     MOST_DOUBTS,
@@ -288,6 +288,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         character_positions: torch.Tensor | None = None,
+        part: torch.Tensor | None = None,
         **kwargs,
     ) -> ImageTextSlotOutput:
         """
@@ -298,8 +299,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             attention_mask: 1 for a real token, `(batch, tokens)`; from the labels if not given.
             character_positions: for each token the horizontal and vertical centre of its character, and the height of
                 its line at the vertical middle, as shares of the image `(batch, tokens, 3)`; -1 where unknown.
+            part: read this part of each image only; see `MemoryGrid`.
         """
-        memory, grid = self.encode(pixel_values)
+        memory, grid = self.encode(pixel_values, part)
         count_pred, cells = self._count(memory, grid)
         targets = None
         if labels is not None:
@@ -345,9 +347,11 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         besides `frames`, 1 where a character is centred, `(batch, rows, frames)`, `cell` `(batch, tokens)` (-1 where
         unknown) and `known` `(batch,)`."""
         rows, columns = grid.rows, grid.columns
+        placed = positions[..., 0].ge(0)  # (batch, tokens)
+        if grid.part is not None:
+            positions = torch.where(placed[..., None], within(positions, grid.part), positions)
         row = (positions[..., 1] * rows).floor().clamp(0, rows - 1)
         column = (positions[..., 0] * columns).floor().clamp(0, columns - 1)
-        placed = positions[..., 0].ge(0)  # (batch, tokens)
         cell = torch.where(placed, row * columns + column, -1).long()
         target = torch.where(placed, cell, rows * columns)  # the unplaced go to a cell of their own, cut off below
         index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
@@ -509,18 +513,31 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         sequences, scores, boxes, count_pred = zip(*(readings[i] for i in range(len(readings))), strict=True)
         return ImageTextSlotReading(list(sequences), list(scores), list(boxes), torch.stack(count_pred))
 
+    def random_parts(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """A part of each image, all of one size, that holds its ink, `(batch, 4)`: see `MemoryGrid`. Drawn anew each
+        time; None where `read` does not crop."""
+        encoder = self.config.encoder_config
+        if encoder.crop_margin is None:
+            return None
+        parts, cells = self._ink(pixel_values, encoder.crop_margin)
+        return common_size(parts, *cells) / parts.new_tensor(cells * 2)
+
     def _parts(self, pixel_values: torch.Tensor, crop: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Indices of images that are read together, and the part of each that is (see `MemoryGrid`)."""
         encoder = self.config.encoder_config
         if not crop or encoder.crop_margin is None:
             yield torch.arange(len(pixel_values), device=pixel_values.device), None
             return
-        self._check_shape(pixel_values)
-        height, width = encoder.total_stride
-        parts = find_ink(normalize_contrast(pixel_values), (height, width), encoder.crop_margin)
-        cells = pixel_values.shape[3] // width, pixel_values.shape[2] // height
+        parts, cells = self._ink(pixel_values, encoder.crop_margin)
         for index in group_by_size(parts):
             yield index, parts[index] / parts.new_tensor(cells * 2)
+
+    def _ink(self, pixel_values: torch.Tensor, margin: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """See `find_ink`, and how many columns and rows of cells an image has."""
+        self._check_shape(pixel_values)
+        height, width = self.config.encoder_config.total_stride
+        parts = find_ink(normalize_contrast(pixel_values), (height, width), margin)
+        return parts, (pixel_values.shape[3] // width, pixel_values.shape[2] // height)
 
     @torch.no_grad()
     def read_slots(

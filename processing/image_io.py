@@ -99,14 +99,19 @@ def _array_to_pil(pixels: np.ndarray, input_data_format: str | ChannelDimension 
     return Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
 
 
-def to_grey_or_rgb(image: Image.Image) -> Image.Image:
+def to_grey_or_rgb(image: Image.Image, grey_only: bool = False) -> Image.Image:
     """Convert any PIL mode to "L" or "RGB" with 8 bits a channel; grey stays grey, transparency is laid on white.
 
     Integers deeper than 8 bits are shifted down by the bits that the brightest pixel needs above 8, so that 12-bit
     data in a 16-bit file is not black. Floats in [0, 1] are multiplied by 255, floats in [0, 255] kept, and every
     other range, negative values included, is stretched over 0..255. NaN counts as 0.
+
+    Args:
+        image: of any mode.
+        grey_only: convert colours to grey too, in less memory than one after the other would take.
     """
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+    colours = "L" if grey_only else "RGB"
+    if image.mode in ("L", colours) and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(to_8_bit(np.asarray(image)))
@@ -114,11 +119,13 @@ def to_grey_or_rgb(image: Image.Image) -> Image.Image:
         return image.convert("L")
     if image.has_transparency_data:
         grey = image.mode in ("L", "LA", "La")
-        image = image.convert("LA" if grey else "RGBA")
-        flat = Image.new("L" if grey else "RGB", image.size, "white")
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if grey else "RGBA")
+        flat = Image.new("L" if grey else colours, image.size, "white")
         flat.paste(image.convert(flat.mode), mask=image.getchannel("A"))
         return flat
-    return image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # not all modes become grey at once
+    return image.convert("L") if grey_only else image
 
 
 def to_8_bit(pixels: np.ndarray) -> np.ndarray:
@@ -236,8 +243,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if huge and image.format == "JPEG":
         image.draft("L", image.size)  # the decoder itself skips the colours
     image.load()
-    image = to_grey_or_rgb(_upright(image))
-    return image.convert("L") if huge else image
+    return to_grey_or_rgb(_upright(image), grey_only=huge)
 
 
 def _upright(image: Image.Image) -> Image.Image:

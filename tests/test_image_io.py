@@ -146,9 +146,10 @@ class TestOpenImage:
     @pytest.mark.parametrize(
         "mode", "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I F I;16 I;16B I;16L I;16N".split()
     )
-    def test_every_mode(self, mode):
-        converted = to_grey_or_rgb(Image.new(mode, (5, 3)))
-        assert converted.mode in ("L", "RGB")
+    @pytest.mark.parametrize("grey_only", [False, True])
+    def test_every_mode(self, mode, grey_only):
+        converted = to_grey_or_rgb(Image.new(mode, (5, 3)), grey_only)
+        assert converted.mode in (("L",) if grey_only else ("L", "RGB"))
         assert converted.size == (5, 3)
 
     def test_one_bit(self, tmp_path):
@@ -285,6 +286,14 @@ class TestHuge:
         image = open_image(tmp_path / f"large{suffix}")
         assert (image.mode, image.size) == ("L", (50, 40))
         assert abs(levels(image) - 150).max() <= 2
+
+    def test_transparency_is_laid_on_white_where_only_grey_is_kept(self, tmp_path, monkeypatch):
+        Image.new("RGBA", (50, 40), (0, 255, 0, 128)).save(tmp_path / "large.png")
+        expected = levels(open_image(tmp_path / "large.png").convert("L"))
+        monkeypatch.setattr(image_io, "GREY_ONLY_PIXELS", 1000)
+        image = open_image(tmp_path / "large.png")
+        assert image.mode == "L"
+        assert abs(levels(image) - expected).max() <= 1
 
     def test_over_the_limit(self, tmp_path):
         path = tmp_path / "bomb.png"

@@ -7,10 +7,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
-from regard.modeling.image_text_slot_crop import cut, find_ink, group_by_size, uncut
+from regard.modeling.image_text_slot_crop import common_size, cut, find_ink, group_by_size, uncut, within
 from regard.modeling.image_text_slot_encoder import normalize_contrast
 from regard.modeling.layers import sinusoidal_positions_2d
-from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel, MemoryGrid
 
 STRIDE = (16, 8)
 
@@ -61,6 +61,37 @@ def test_parts_are_cut_out_and_boxes_put_back():
     assert torch.equal(pieces[1], images[1, :, 0:48, 96:128])
     boxes = uncut(torch.tensor([[[0.0, 0.0, 1.0, 1.0]], [[0.5, 0.5, 1.0, 1.0]]]), part)
     assert boxes[:, 0].tolist() == [part[0].tolist(), [0.875, 0.1875, 1, 0.375]]
+
+
+def test_parts_grow_to_one_size_within_the_image():
+    parts = torch.tensor([[0, 0, 4, 2], [12, 6, 16, 8], [5, 1, 13, 2], [4, 3, 8, 6]])
+    torch.manual_seed(0)
+    drawn = [common_size(parts, 16, 8) for _ in range(50)]
+    for grown in drawn:
+        assert (grown[:, 2:] - grown[:, :2]).tolist() == [[8, 3]] * 4
+        assert (grown[:, :2] <= parts[:, :2]).all()
+        assert (grown[:, 2:] >= parts[:, 2:]).all()
+        assert grown.min() >= 0
+        assert (grown[:, 2:] <= torch.tensor([16, 8])).all()
+    corners = [{tuple(grown[image, :2].tolist()) for grown in drawn} for image in range(4)]
+    assert [len(places) for places in corners] == [1, 1, 2, 5]  # in the image's corners there is no choice
+
+
+def test_what_is_taught_of_a_part_is_cut_from_what_is_taught_of_the_image():
+    model = tiny()
+    labels = torch.tensor([[1, 10, 11, 12, 2]])
+    places = [[0.3, 0.4, 0.42], [0.45, 0.4, 0.42], [0.7, 0.6, 0.62]]
+    positions = torch.tensor([[[-1.0] * 3, *places, [-1.0] * 3]])
+    part = torch.tensor([[0.25, 0.25, 0.75, 0.75]])
+    whole = model._cell_targets(positions, labels, MemoryGrid(8, 16))
+    cropped = model._cell_targets(positions, labels, MemoryGrid(4, 8, part))
+    for name in ("counts", "coordinates", "lines", "characters"):
+        expected = whole[name].view(1, 8, 16)[:, 2:6, 4:12].flatten(1)
+        torch.testing.assert_close(cropped[name], expected, msg=name)
+    frames = whole["frames"].shape[2] // 16
+    assert torch.equal(cropped["frames"], whole["frames"][:, 2:6, 4 * frames : 12 * frames])
+    assert cropped["cell"].tolist() == [[-1, 8 + 0, 8 + 3, 16 + 7, -1]]
+    assert within(torch.tensor([[[0.25, 0.75, 0.5]]]), part).tolist() == [[[0, 1, 0.5]]]
 
 
 def test_positions_of_a_part_are_those_of_the_image():

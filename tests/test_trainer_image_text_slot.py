@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
@@ -177,6 +177,23 @@ def test_a_window_of_slots_trains(tmp_path, training_slots):
     assert trainer.model.config.training_slots == training_slots
     margin = 4 + 2 * 2  # slots after the end learn to be empty, and those beyond are felt: two neighbours, twice
     assert outputs.logits.shape[1] == (training_slots or len("a word") + 2 + margin)
+
+
+@pytest.mark.parametrize("crop_margin", [8, None])
+@pytest.mark.parametrize("crop_batches", [0.0, 1.0])
+def test_batches_are_cut_to_their_ink(tmp_path, crop_batches, crop_margin):
+    encoder = {**PRESETS["tiny"]["encoder_config"], "crop_margin": crop_margin}
+    trainer = make_trainer(tmp_path, crop_batches=crop_batches, model_changes={"encoder_config": encoder})
+    sizes = []
+    trainer.model.encoder.entries[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[2:]))
+    trainer.train()
+    assert len(sizes) == 4
+    for height, width in sizes:  # a short word in the upper left
+        assert height == (48 if crop_batches and crop_margin else 128)
+        assert width < 128 if crop_batches and crop_margin else width == 128
+    sizes.clear()
+    trainer.evaluate()
+    assert set(sizes) == {(128, 128)}  # the losses and the readings of evaluation are those of whole images
 
 
 def test_padding_of_a_batch_changes_no_loss(tmp_path):

@@ -1,5 +1,6 @@
 """Trains ImageTextSlot: curricula, light augmentation, readings of validation images as pictures."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,9 @@ class SlotTrainingArguments(RegardTrainingArguments):
     )
     training_slots: int | None = field(
         default=None, metadata={"help": "Slots computed of each text, from a random one on; default: all."}
+    )
+    crop_batches: float = field(
+        default=0.0, metadata={"help": "In this share of batches images are cut to the parts that hold ink."}
     )
     augment_shift: float = field(default=0.0, metadata={"help": "Largest shift, as a share of the side, e.g. 0.02."})
     augment_blur: float = field(default=0.0, metadata={"help": "Largest share of the neighbours' light, e.g. 0.3."})
@@ -165,6 +169,8 @@ class SlotTrainer(RegardTrainer):
                 self.args.augment_brightness,
                 self.args.augment_contrast,
             )
+            if random.random() < self.args.crop_batches:
+                inputs["part"] = self.accelerator.unwrap_model(model).random_parts(inputs["pixel_values"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _set_curriculum(self) -> None:
