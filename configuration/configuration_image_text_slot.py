@@ -146,9 +146,9 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
         normalize_loss: divide the error by the square root of the true number before the Huber loss.
         loss_weight: weight of that loss.
         second_look: six weights and a bias by which `ImageTextSlotModel.read` chooses, where a number was rounded by
-            more than a tenth, between it and the one on the other side: of the log odds of the rounding, of how much
-            surer the reading is in sum and in mean, of how many more characters repeat, and of how probable it is that
-            a slot of the one, or of the other, has no character; None: no second look.
+            more than a quarter, between it and the one on the other side: of the log odds of the rounding, of how much
+            surer the reading is, of how many more characters repeat, of the log odds that a slot of the one, or of the
+            other, has no character, and of whether the other is larger; None: no second look.
             `benchmarks/calibrate_counter.py` fits them.
     """
 

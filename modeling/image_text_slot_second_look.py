@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-DOUBT = 0.1  # a number rounded by more is looked at again
+DOUBT = 0.25  # a number rounded by more is looked at again
 FALSE_SIGHTING = 0.02  # in training, a number that more than this was added to may be taken for one more
-MOST_DOUBTS = 24  # in an image with more, letters are too small: to look again costs much and mends little
+MOST_DOUBTS = 8  # in an image with more, letters are too small: to look again costs much and mends little
 
 
 class Look(NamedTuple):
@@ -47,18 +47,22 @@ def second_thoughts(doubts: torch.Tensor) -> torch.Tensor:
 
 def second_look_features(first: Look, second: Look) -> torch.Tensor:
     """By what to choose between two readings of each group of characters, `(batch, groups, 6)`: the log odds of the
-    number that was rounded away, how much surer the second reading is of the group's characters in sum and in mean, how
-    many more of its characters repeat the one before, and how probable it is that the first, and the second, was sent
-    to a character that is not there."""
-    odds = first.doubts.abs().clamp(1e-3, 1 - 1e-3).logit()
+    number that was rounded away, how much surer the second reading is of the group's characters, how many more of them
+    repeat the one before, the log odds that the first, and the second, was sent to a character that is not there, and
+    whether the second has one character more, 1, or one less, -1."""
     (*before, first_void), (*after, second_void) = _sureness(first), _sureness(second)
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    return torch.stack((odds, *changes, first_void, second_void), dim=-1)
+    odds = [_log_odds(chance) for chance in (first.doubts.abs(), first_void, second_void)]
+    return torch.stack((odds[0], *changes, *odds[1:], (second.numbers - first.numbers).sign()), dim=-1)
+
+
+def _log_odds(chance: torch.Tensor) -> torch.Tensor:
+    return chance.clamp(1e-3, 1 - 1e-3).logit()
 
 
 def _sureness(look: Look) -> tuple[torch.Tensor, ...]:
-    """Of each group of characters, `(batch, groups)`: log-probability in sum and in mean, repetitions, and the largest
-    probability of a slot that there is no character for it."""
+    """Of each group of characters, `(batch, groups)`: their log-probability, repetitions, and the largest probability
+    of a slot that there is no character for it."""
     tokens, ends = look.tokens, look.numbers.cumsum(1)
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     inside = (index >= 1) & (index <= ends[:, -1:])  # neither start nor end
@@ -69,7 +73,7 @@ def _sureness(look: Look) -> tuple[torch.Tensor, ...]:
     before = again * (group[:, 1:] != group[:, :-1])  # a repetition over a gap counts on both sides
     repeats = zero.scatter_add(1, group[:, 1:], again).scatter_add(1, group[:, :-1], before)
     void = zero.scatter_reduce(1, group, look.voids * inside, "amax")
-    return total, total / look.numbers.clamp(min=1), repeats, void
+    return total, repeats, void
 
 
 def false_sightings(numbers: torch.Tensor, doubts: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
-# 20,000 x 20,000 pixels are 400 million: read, within some 2 GB of memory. Above the limit: an error.
+# 20,000 x 20,000 pixels are 400 million: read in some 2 GB (transparent ones in 3). Above the limit: an error.
 MAX_PIXELS = 500_000_000
 # From here on only grey is kept: one byte a pixel, where Pillow's RGB takes four.
 GREY_ONLY_PIXELS = 90_000_000

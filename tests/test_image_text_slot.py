@@ -86,7 +86,7 @@ def test_a_second_look_needs_all_its_weights():
 
 
 def test_what_is_looked_at_again():
-    doubts = torch.tensor([[0.05, 0.3, -0.2, 0.0, -0.8]])
+    doubts = torch.tensor([[0.2, 0.3, -0.3, 0.0, -0.8]])
     assert second_thoughts(doubts).tolist() == [[0, 1, -1, 0, 0]]
     few, many = (torch.full((1, number), 0.4) for number in (MOST_DOUBTS, MOST_DOUBTS + 1))
     assert second_thoughts(few).all()
@@ -109,17 +109,19 @@ def look_of(numbers: list[float], tokens: list[int], doubts: list[float] | None 
 
 def test_what_a_second_look_goes_by():
     first = look_of([1.0, 2.0, 0.0, 1.0], [1, 9, 9, 8, 8, 2], [-0.25] * 4)
-    total, mean, repeats, void = _sureness(first)
+    total, repeats, void = _sureness(first)
     surety = first.scores.log()[0]
     torch.testing.assert_close(total[0], torch.stack((surety[1], surety[2] + surety[3], surety[0] * 0, surety[4])))
-    torch.testing.assert_close(mean[0], total[0] / torch.tensor([1, 2, 1, 1]))
     assert repeats[0].tolist() == [1, 2, 0, 1]  # 9 twice over the first gap, 8 over the next
     torch.testing.assert_close(void, torch.tensor([[0.009, 0.009, 0.0, 0.008]]))
-    features = second_look_features(first, first)
-    assert features[0, :, 0].tolist() == pytest.approx([math.log(0.25 / 0.75)] * 4)
-    assert not features[..., 1:4].any()
-    torch.testing.assert_close(features[..., 4], void)
-    torch.testing.assert_close(features[..., 5], void)
+    second = look_of([1.0, 1.0, 1.0, 1.0], [1, 9, 9, 7, 8, 2])
+    features = second_look_features(first, second)[0]
+    assert features[:, 0].tolist() == pytest.approx([math.log(0.25 / 0.75)] * 4)
+    torch.testing.assert_close(features[:, 1], _sureness(second)[0][0] - total[0])
+    assert features[:, 2].tolist() == [0, -1, 0, -1]
+    torch.testing.assert_close(features[:, 3], torch.tensor([0.009, 0.009, 0.001, 0.008]).logit())
+    torch.testing.assert_close(features[:, 4], torch.tensor([0.009, 0.009, 0.007, 0.008]).logit())
+    assert features[:, 5].tolist() == [0, -1, 1, 0]
 
 
 @pytest.mark.parametrize(
