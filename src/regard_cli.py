@@ -148,6 +148,11 @@ CONFIG.yaml (or .json) holds settings by name, all optional; flags after it win 
 machines:
   accelerate launch -m regard.train CONFIG.yaml
 
+exit codes:
+  0  done, now or before
+  2  not begun: a setting, the data or the checkpoint is wrong
+Any other: it broke off. With resume_from_checkpoint: true the same command goes on.
+
 examples:
   regard train trainers/configs/image_text_slot_5m.yaml
   regard train trainers/configs/qavit_tiny_cifar100.yaml --dataset cifar-100:cifar-100-python.tar.gz
@@ -170,6 +175,10 @@ Of a model that counts, prints the errors of its counts, how far its points are 
 while objects are left, for each object counted, how many objects it counts twice, and how far its estimate at a glance
 is from its count. It needs --dataset: emoji (generated scenes, a row for each kind), fsc-147:FOLDER, a folder of images
 with points.jsonl, or a folder or data set of the Hub with columns image, category, points.
+
+exit codes:
+  0  measured; images that cannot be read are named and left out
+  2  nothing was measured: wrong arguments, no model, no data, or the result cannot be written
 
 examples:
   regard evaluate image-text-slot-5m
