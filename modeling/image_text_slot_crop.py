@@ -48,8 +48,8 @@ def group_by_size(parts: torch.Tensor) -> list[torch.Tensor]:
 
 
 def common_size(parts: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    """Parts `(batch, 4)` grown to one size, that of the widest and the highest, within images of so many cells; how much
-    of a part's growth lies to its left and above it is drawn at random."""
+    """Parts `(batch, 4)` grown to one size, that of the widest and the highest, within images of so many cells; how far
+    each grows to the left and up is drawn at random."""
     limit = parts.new_tensor([columns, rows])
     corner, size = parts[:, :2], parts[:, 2:] - parts[:, :2]
     common = size.amax(0)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
-from regard import ImageTextSlotModel
+from regard import ImageTextSlotModel, ImageTextSlotProcessor
 from regard.data.rendered_text import RenderedTextDataset
 from regard.train import RECIPES, SettingsError, find_checkpoint, main, parse_settings
 from regard.trainers.checkpoints import seal
@@ -187,6 +188,19 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     further = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "further")}
     assert main([write(settings | further), "--max_steps", "1"]) == 0
     assert (tmp_path / "further/model.safetensors").is_file()
+
+
+def test_another_image_size_is_one_of_model_and_processor(write, base, images, tmp_path):
+    settings = base | {"dataset": str(images), "max_steps": 1, "eval_strategy": "no"}
+    assert main([write(settings | {"config_overrides": {"image_size": 64, "pad_slots": 2}})]) == 0
+    assert ImageTextSlotModel.from_pretrained(tmp_path / "run").config.pad_slots == 2
+    further = {"init_from": str(tmp_path / "run"), "output_dir": str(tmp_path / "further")}
+    assert main([write(settings | further | {"config_overrides": {"image_size": 96}})]) == 0
+    for run, side in (("run", 64), ("further", 96)):
+        assert ImageTextSlotModel.from_pretrained(tmp_path / run).config.image_size == side
+        processor = ImageTextSlotProcessor.from_pretrained(tmp_path / run)
+        assert processor(images=Image.new("L", (50, 40)), return_tensors="pt")["pixel_values"].shape[2:] == (side, side)
+    assert main([write(settings | {"config_overrides": {"image_sice": 64}})]) == 2
 
 
 def test_generated_texts_are_what_the_settings_say(write, base, tmp_path):

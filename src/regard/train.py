@@ -69,6 +69,13 @@ _NOT_OF_CARDS = ("output_dir", "resume_from_checkpoint", "hub_token")  # setting
 
 
 @dataclass
+class SlotModelArguments(OverridingModelArguments):
+    """Which ImageTextSlot is trained."""
+
+    config_class = ImageTextSlotConfig
+
+
+@dataclass
 class QAViTModelArguments(OverridingModelArguments):
     """Which QAViT is trained."""
 
@@ -176,17 +183,19 @@ class VQADataArguments:
 
 
 def build_image_text_slot(
-    model_args: ModelArguments, data_args: ImageTextSlotDataArguments, training_args: SlotTrainingArguments
+    model_args: SlotModelArguments, data_args: ImageTextSlotDataArguments, training_args: SlotTrainingArguments
 ) -> RegardTrainer:
     """Model, data sets and trainer of ImageTextSlot."""
+    overrides = cast(dict[str, Any], model_args.config_overrides)
     if model_args.init_from is None:
-        model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset))
-        tokenizer = build_byte_tokenizer(model.config.num_slots)
-        processor = ImageTextSlotProcessor(ImageTextSlotImageProcessor(), tokenizer)
+        model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset, **overrides))
+        image_processor = ImageTextSlotImageProcessor(size=model.config.image_size)
+        processor = ImageTextSlotProcessor(image_processor, build_byte_tokenizer(model.config.num_slots))
     else:
         source = resolve(model_args.init_from)
-        model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True)
+        model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True, **overrides)
         processor = ImageTextSlotProcessor.from_pretrained(source)
+        processor.image_processor = ImageTextSlotImageProcessor.from_pretrained(source, size=model.config.image_size)
     model.set_attn_implementation({"": model_args.attn_implementation})  # the encoder has no attention to choose
     if data_args.dataset is not None:
         training_args.train_sampling_strategy = "random"
@@ -332,7 +341,9 @@ class Recipe:
 
 # Another model adds its line here.
 RECIPES = {
-    "image_text_slot": Recipe(ModelArguments, ImageTextSlotDataArguments, SlotTrainingArguments, build_image_text_slot),
+    "image_text_slot": Recipe(
+        SlotModelArguments, ImageTextSlotDataArguments, SlotTrainingArguments, build_image_text_slot
+    ),
     "qavit": Recipe(QAViTModelArguments, QAViTDataArguments, QAViTTrainingArguments, build_qavit),
     "query_conditioned_vqa": Recipe(
         VQAModelArguments, VQADataArguments, VQATrainingArguments, build_query_conditioned_vqa
