@@ -96,12 +96,17 @@ def _without_pooling(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def load_encoder(source: str) -> PreTrainedModel:
-    """Likewise, with published weights from a folder or a Hub repository."""
+    """Likewise, with published weights from a folder or a Hub repository, in float32 whatever they are stored in.
+
+    Raises:
+        OSError: there are none, or none in safetensors: nothing is unpickled.
+    """
     config = AutoConfig.from_pretrained(source)
+    options = {"dtype": torch.float32, "use_safetensors": True}
     if isinstance(config, BackboneConfigMixin):
         # AutoBackbone.from_pretrained takes repositories only.
-        return AutoBackbone._model_mapping[type(cast(PreTrainedConfig, config))].from_pretrained(source)
-    return AutoModel.from_pretrained(source, **_without_pooling(config))
+        return AutoBackbone._model_mapping[type(cast(PreTrainedConfig, config))].from_pretrained(source, **options)
+    return AutoModel.from_pretrained(source, **options, **_without_pooling(config))
 
 
 class QueryConditionedVQAPreTrainedModel(WeightedLosses, PreTrainedModel):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, ViTConfig, ViTModel
 
@@ -243,6 +244,21 @@ def test_built_around_a_saved_qavit(tmp_path):
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "whole").eval()(**inputs).logits, logits)
+
+
+def test_published_encoders_are_loaded_in_float32_and_never_unpickled(tmp_path):
+    vision = ViTModel(ViTConfig(**{name: value for name, value in vit_config().items() if name != "model_type"})).half()
+    vision.save_pretrained(tmp_path / "vit")
+    QAViTForImageClassification(QAViTConfig.from_preset("micro")).half().save_pretrained(tmp_path / "qavit")
+    config = QueryConditionedVQAConfig.from_preset("micro", num_labels=5)
+    for name in ("vit", "qavit"):
+        model = QueryConditionedVQAModel.from_encoders(config, vision=str(tmp_path / name))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        weights = load_file(tmp_path / name / "model.safetensors")
+        (tmp_path / name / "model.safetensors").unlink()
+        torch.save(weights, tmp_path / name / "pytorch_model.bin")
+        with pytest.raises(OSError, match="safetensors"):
+            QueryConditionedVQAModel.from_encoders(config, vision=str(tmp_path / name))
 
 
 # Many questions, fewer patches.
