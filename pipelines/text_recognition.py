@@ -28,6 +28,7 @@ class TextRecognitionPipeline(ProcessorPipeline):
         super().__init__(*args, **kwargs)
         if not callable(getattr(self.model, "read", None)):
             raise ValueError(f"{type(self.model).__name__} has no read method; use a model such as ImageTextSlotModel")
+        self.model.to(memory_format=torch.channels_last)  # in which convolutions are computed
 
     def _sanitize_parameters(self, max_slots: int | None = None):
         if max_slots is not None and max_slots < 2:

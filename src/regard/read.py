@@ -27,6 +27,7 @@ class Reader(Worker):
         super().__init__(model, device, threads, batch_size)
         if not callable(getattr(self.model, "read", None)):
             raise CheckpointError(f"{model}: a {self.model.config.model_type} model does not read text; name another")
+        self.model.to(memory_format=torch.channels_last)  # in which convolutions are computed
         if bf16:
             self.model.to(dtype=torch.bfloat16)
 
