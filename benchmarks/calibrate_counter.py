@@ -18,10 +18,11 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from regard.cli import complain, progress_bar, quiet_transformers
+from regard.configuration.configuration_image_text_slot import SECOND_LOOK
 from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.hub import CheckpointError, load
 from regard.metrics.text_recognition.text_recognition import score_texts
-from regard.modeling.image_text_slot_second_look import second_look_features
+from regard.modeling.image_text_slot_second_look import Look, second_look_features
 
 SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 BATCH_SIZE = 10
@@ -48,16 +49,22 @@ def measure(model, processor, data) -> dict[str, float]:
     return score_texts(predictions, references, [len(text) for text in predictions])
 
 
+def looks(model, data) -> Iterator[tuple[Look, Look, list[str]]]:
+    """First and second looks at images that are read together, and their texts; where there is doubt."""
+    for pixel_values, texts in data:
+        for index, part in model.parts(pixel_values):
+            first, second = model.looks(pixel_values[index], model.config.num_slots, twice=True, part=part)
+            if second is not None:
+                yield first, second, [texts[image] for image in index.tolist()]
+
+
 @torch.inference_mode()
 def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `(doubts, 6)` of numbers that are in doubt, and whether the other number reads better, `(doubts,)`;
     those that make no difference are left out."""
     features, labels = [], []
     newline = processor.tokenizer("\n")["input_ids"][1]
-    for pixel_values, texts in data:
-        first, second = model.looks(pixel_values, model.config.num_slots, twice=True)
-        if second is None:
-            continue
+    for first, second, texts in looks(model, data):
         of_groups = second_look_features(first, second)
         tokens = [look.tokens.tolist() for look in (first, second)]
         ends = [look.numbers.long().cumsum(1).tolist() for look in (first, second)]
@@ -80,8 +87,8 @@ def doubts(model, processor, data) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(features) if features else torch.zeros(0, 6), torch.tensor(labels)
 
 
-def fit(features: torch.Tensor, labels: torch.Tensor) -> list[float] | None:
-    """Weights and bias of a logistic regression; None where there is nothing to learn from."""
+def fit(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float] | None:
+    """Weights and bias of a logistic regression, by their names; None where there is nothing to learn from."""
     if not 0 < labels.sum() < len(labels):
         return None
     features, labels = features.clone(), labels.clone()  # out of inference mode
@@ -97,7 +104,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor) -> list[float] | None:
         return value
 
     optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    return [round(weight, 3) for weight in weights.tolist()]
+    return {name: round(weight, 3) for name, weight in zip(SECOND_LOOK, weights.tolist(), strict=True)}
 
 
 def main() -> int:

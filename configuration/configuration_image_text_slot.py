@@ -5,6 +5,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+SECOND_LOOK = ("rounding", "sureness", "repetitions", "void", "other_void", "larger", "bias")  # by what it chooses
+
 
 @strict
 class ImageTextSlotEncoderConfig(PreTrainedConfig):
@@ -145,10 +147,8 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
         depth: number of convolution blocks over the frames.
         normalize_loss: divide the error by the square root of the true number before the Huber loss.
         loss_weight: weight of that loss.
-        second_look: six weights and a bias by which `ImageTextSlotModel.read` chooses, where a number was rounded by
-            more than a quarter, between it and the one on the other side: of the log odds of the rounding, of how much
-            surer the reading is, of how many more characters repeat, of the log odds that a slot of the one, or of the
-            other, has no character, and of whether the other is larger; None: no second look.
+        second_look: weights by which `ImageTextSlotModel.read` chooses, where a number was rounded by more than a
+            quarter, between it and the one on the other side, by their names in `SECOND_LOOK`; None: no second look.
             `benchmarks/calibrate_counter.py` fits them.
     """
 
@@ -161,13 +161,13 @@ class ImageTextSlotCounterConfig(PreTrainedConfig):
     depth: int = 3
     normalize_loss: bool = True
     loss_weight: float | int = 0.1
-    second_look: list[float | int] | tuple[float | int, ...] | None = None
+    second_look: dict[str, float | int] | None = None
 
     def validate_architecture(self):
-        if self.second_look is not None and len(self.second_look) != 7:
+        if self.second_look is not None and set(self.second_look) != set(SECOND_LOOK):
             raise ValueError(
-                f"second_look has {len(self.second_look)} numbers, but needs six weights and a bias, or None: fit them "
-                "with benchmarks/calibrate_counter.py."
+                f"second_look has weights of {', '.join(sorted(self.second_look)) or 'nothing'}, but needs those of "
+                f"{', '.join(SECOND_LOOK)}, or None: fit them with benchmarks/calibrate_counter.py."
             )
 
 
@@ -299,6 +299,7 @@ PRESETS: dict[str, dict] = {
 }
 
 __all__ = [
+    "SECOND_LOOK",
     "ImageTextSlotAttentionConfig",
     "ImageTextSlotConfig",
     "ImageTextSlotCounterConfig",

@@ -68,11 +68,11 @@ def cut(images: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     )
 
 
-def within(points: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Points of an image `(batch, points, 3)`, one across and two down as shares of it, as shares of such a part of it
-    `(batch, 4)`."""
+def within(positions: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Positions in an image `(batch, positions, 3)`, x, y and the line's height as shares of it, as shares of such a
+    part of it `(batch, 4)`."""
     corner, size = part[:, None, [0, 1, 1]], (part[:, 2:] - part[:, :2])[:, None, [0, 1, 1]]
-    return (points - corner) / size
+    return (positions - corner) / size
 
 
 def uncut(boxes: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -46,10 +46,10 @@ def second_thoughts(doubts: torch.Tensor) -> torch.Tensor:
 
 
 def second_look_features(first: Look, second: Look) -> torch.Tensor:
-    """By what to choose between two readings of each group of characters, `(batch, groups, 6)`: the log odds of the
-    number that was rounded away, how much surer the second reading is of the group's characters, how many more of them
-    repeat the one before, the log odds that the first, and the second, was sent to a character that is not there, and
-    whether the second has one character more, 1, or one less, -1."""
+    """By what to choose between two readings of each group of characters, `(batch, groups, 6)`, as the first six of
+    `SECOND_LOOK` name it: the log odds of the number that was rounded away, how much surer the second reading is of the
+    group's characters, how many more of them repeat the one before, the log odds that the first, and the second, was
+    sent to a character that is not there, and whether the second has one character more, 1, or one less, -1."""
     (*before, first_void), (*after, second_void) = _sureness(first), _sureness(second)
     changes = [b - a for a, b in zip(before, after, strict=True)]
     odds = [_log_odds(chance) for chance in (first.doubts.abs(), first_void, second_void)]

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from regard.configuration.configuration_image_text_slot import ImageTextSlotConfig
+from regard.configuration.configuration_image_text_slot import SECOND_LOOK, ImageTextSlotConfig
 from regard.modeling.attention import Attention
 from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
 from regard.modeling.image_text_slot_crop import common_size, find_ink, group_by_size, uncut, within
@@ -95,7 +95,7 @@ class ImageTextSlotReading:
 
 class MemoryGrid(NamedTuple):
     """Rows and columns of memory cells, and the part of each image that they cover, `(batch, 4)`: left, top, right,
-    bottom as shares of the image; None for all of it."""
+    bottom as shares of the image; None for all of it. Parts are of one size, on edges of the last stage's cells."""
 
     rows: int
     columns: int
@@ -500,7 +500,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             raise ValueError(f"max_slots={max_slots} must be at least 2: start and end are tokens too.")
         limit = config.num_slots if max_slots is None else min(max_slots, config.num_slots)
         readings: dict[int, tuple[torch.Tensor, ...]] = {}
-        for index, part in self._parts(pixel_values, crop):
+        for index, part in self.parts(pixel_values, crop):
             tokens, scores, boxes, length, count_pred = self.read_slots(
                 pixel_values[index], limit, look_again=True, part=part
             )
@@ -522,7 +522,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         parts, cells = self._ink(pixel_values, encoder.crop_margin)
         return common_size(parts, *cells) / parts.new_tensor(cells * 2)
 
-    def _parts(self, pixel_values: torch.Tensor, crop: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def parts(
+        self, pixel_values: torch.Tensor, crop: bool = True
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Indices of images that are read together, and the part of each that is (see `MemoryGrid`)."""
         encoder = self.config.encoder_config
         if not crop or encoder.crop_margin is None:
@@ -558,9 +560,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         choice = config.counter_config.second_look if look_again else None
         look, other = self.looks(pixel_values, limit, twice=choice is not None, part=part)
         if other is not None and choice is not None:
-            *weights, bias = choice
             features = second_look_features(look, other)
-            preferred = features @ features.new_tensor(weights) + bias > 0
+            weights = features.new_tensor([choice[name] for name in SECOND_LOOK])
+            preferred = features @ weights[:-1] + weights[-1] > 0
             look = splice(look, other, preferred & (look.numbers != other.numbers))
         tokens, length = look.tokens, look.count.round().long().clamp(2, limit)
         if self.counts_cells:  # the end token and the counter nearly agree: within two slots the token decides

@@ -178,7 +178,7 @@ with points.jsonl, or a folder or data set of the Hub with columns image, catego
 
 exit codes:
   0  measured; images that cannot be read are named and left out
-  2  nothing was measured: wrong arguments, no model, no data, or the result cannot be written
+  2  wrong arguments, no model, no data, not enough memory, or the result cannot be written
 
 examples:
   regard evaluate image-text-slot-5m

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
+from regard.configuration.configuration_image_text_slot import SECOND_LOOK
 from regard.data.rendered_text import FONTS_TABLE, SPLITS, TIERS
 
 
@@ -141,7 +142,7 @@ def test_the_counter_is_calibrated_and_saved(root: Path, fonts: str, tiny_checkp
         [sys.executable, script, *arguments], capture_output=True, text=True, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr
-    shift, weights = re.findall(r"right: (-?[\d.]+)\. Second look: (None|\[.*\]),", done.stdout)[0]
+    shift, weights = re.findall(r"right: (-?[\d.]+)\. Second look: (None|{.*}),", done.stdout)[0]
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "saved"))
     change = after["counter.presence.bias"].float() - before["counter.presence.bias"].float()
     assert change.item() == pytest.approx(float(shift), abs=1e-2)
@@ -154,9 +155,11 @@ def test_the_second_look_learns_which_reading_to_keep(root: Path, monkeypatch):
     monkeypatch.syspath_prepend(root / "benchmarks")
     fit = importlib.import_module("calibrate_counter").fit
     torch.manual_seed(0)
-    features = torch.randn(400, 4)
-    labels = (features @ torch.tensor([1.0, 2.0, 0.0, -3.0]) > 1).float()
-    *weights, bias = fit(features, labels)
+    features = torch.randn(400, 6)
+    labels = (features @ torch.tensor([1.0, 2.0, 0.0, -3.0, 0.0, 0.0]) > 1).float()
+    fitted = fit(features, labels)
+    assert tuple(fitted) == SECOND_LOOK
+    *weights, bias = fitted.values()
     assert weights[3] < 0 < weights[0] < weights[1]
     assert abs(weights[2]) < 0.5
     assert bias < 0

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
-from regard.configuration.configuration_image_text_slot import PRESETS, ImageTextSlotConfig
+from regard.configuration.configuration_image_text_slot import PRESETS, SECOND_LOOK, ImageTextSlotConfig
 from regard.modeling.image_text_slot_counter import CellCounts
 from regard.modeling.image_text_slot_second_look import (
     MOST_DOUBTS,
@@ -44,8 +44,9 @@ def test_gaze_leads_each_slot_to_its_cell():
     assert first[1] == pytest.approx(math.sin(-0.5 * math.pi), abs=0.05)
 
 
-def in_doubt(second_look) -> Any:
-    """A model whose counter is in doubt here and there."""
+def in_doubt(*weights: float) -> Any:
+    """A model whose counter is in doubt here and there, with the weights of a second look or none."""
+    second_look = dict(zip(SECOND_LOOK, weights, strict=True)) if weights else None
     counter = {**PRESETS["tiny"]["counter_config"], "second_look": second_look}
     model = uncropped(counter_config=counter)
     model.counter.presence.bias.data.fill_(-9.0)
@@ -56,14 +57,14 @@ def in_doubt(second_look) -> Any:
 @torch.no_grad()
 def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
     pixel_values = torch.randn(3, 1, 128, 128, generator=torch.Generator().manual_seed(1))
-    model = in_doubt(None)
+    model = in_doubt()
     first = model.read(pixel_values)
     look, other = model.looks(pixel_values, 64, twice=True)
     assert other is not None
     change = second_thoughts(look.doubts)
     assert change.abs().sum(1).min() > 0
     assert torch.equal(other.numbers, (look.numbers + change).clamp(min=0))
-    never, always = (in_doubt([0, 0, 0, 0, 0, 0, bias]).read(pixel_values) for bias in (-1, 1))
+    never, always = (in_doubt(0, 0, 0, 0, 0, 0, bias).read(pixel_values) for bias in (-1, 1))
     for a, b in zip(first.sequences, never.sequences, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(always.count_pred, other.count)
@@ -71,7 +72,7 @@ def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
     spliced = splice(look, other, look.numbers != other.numbers)
     for a, b in zip(always.sequences, spliced.tokens, strict=True):
         assert torch.equal(a, b[: len(a)])
-    weighing = in_doubt([1.0, 1.0, 1.0, -1.0, 2.0, -2.0, 2.0])
+    weighing = in_doubt(1.0, 1.0, -1.0, 2.0, -2.0, 0.5, 2.0)
     whole = weighing.read(pixel_values).sequences
     for index, sequence in enumerate(whole):
         assert torch.equal(weighing.read(pixel_values[index : index + 1]).sequences[0], sequence)
@@ -81,8 +82,9 @@ def test_a_second_look_changes_the_numbers_that_it_is_weighed_to_change():
 
 
 def test_a_second_look_needs_all_its_weights():
-    with pytest.raises(StrictDataclassClassValidationError, match="second_look has 5 numbers"):
-        in_doubt([1.0, 2.0, 3.0, 4.0, 5.0])
+    counter = {**PRESETS["tiny"]["counter_config"], "second_look": {"bias": 1.0, "size": 2.0}}
+    with pytest.raises(StrictDataclassClassValidationError, match="second_look has weights of bias, size, but needs"):
+        uncropped(counter_config=counter)
 
 
 def test_what_is_looked_at_again():

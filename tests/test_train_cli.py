@@ -190,7 +190,7 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     assert (tmp_path / "further/model.safetensors").is_file()
 
 
-def test_another_image_size_is_one_of_model_and_processor(write, base, images, tmp_path):
+def test_another_image_size_is_one_of_model_and_processor(write, base, images, tmp_path, capsys):
     settings = base | {"dataset": str(images), "max_steps": 1, "eval_strategy": "no"}
     assert main([write(settings | {"config_overrides": {"image_size": 64, "pad_slots": 2}})]) == 0
     assert ImageTextSlotModel.from_pretrained(tmp_path / "run").config.pad_slots == 2
@@ -200,6 +200,11 @@ def test_another_image_size_is_one_of_model_and_processor(write, base, images, t
         assert ImageTextSlotModel.from_pretrained(tmp_path / run).config.image_size == side
         processor = ImageTextSlotProcessor.from_pretrained(tmp_path / run)
         assert processor(images=Image.new("L", (50, 40)), return_tensors="pt")["pixel_values"].shape[2:] == (side, side)
+    for start in ({}, further):  # 16 does not divide it
+        assert main([write(settings | start | {"config_overrides": {"image_size": 100}})]) == 2
+        assert "image_size=100 must be divisible" in capsys.readouterr().err
+    assert main([write(settings | further | {"config_overrides": {"num_slots": 32}})]) == 2
+    assert "do not fit {'num_slots': 32}" in capsys.readouterr().err
     assert main([write(settings | {"config_overrides": {"image_sice": 64}})]) == 2
 
 

@@ -57,7 +57,8 @@ class SlotTrainingArguments(RegardTrainingArguments):
         default=None, metadata={"help": "Slots computed of each text, from a random one on; default: all."}
     )
     crop_batches: float = field(
-        default=0.0, metadata={"help": "In this share of batches images are cut to the parts that hold ink."}
+        default=0.0,
+        metadata={"help": "In this share of batches images are cut to the parts with ink, if the model reads such."},
     )
     augment_shift: float = field(default=0.0, metadata={"help": "Largest shift, as a share of the side, e.g. 0.02."})
     augment_blur: float = field(default=0.0, metadata={"help": "Largest share of the neighbours' light, e.g. 0.3."})
@@ -169,7 +170,8 @@ class SlotTrainer(RegardTrainer):
                 self.args.augment_brightness,
                 self.args.augment_contrast,
             )
-            if random.random() < self.args.crop_batches:
+            # The same in all processes: the slowest sets the pace.
+            if random.Random(f"{self.args.seed}/{self.state.global_step}").random() < self.args.crop_batches:
                 inputs["part"] = self.accelerator.unwrap_model(model).random_parts(inputs["pixel_values"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

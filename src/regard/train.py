@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -193,9 +194,16 @@ def build_image_text_slot(
         processor = ImageTextSlotProcessor(image_processor, build_byte_tokenizer(model.config.num_slots))
     else:
         source = resolve(model_args.init_from)
-        model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True, **overrides)
+        ImageTextSlotConfig.from_pretrained(source, **overrides).validate()
+        try:
+            model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True, **overrides)
+        except RuntimeError as error:  # of other shapes
+            raise SettingsError(
+                f"config_overrides: the weights of {model_args.init_from} do not fit {overrides}"
+            ) from error
         processor = ImageTextSlotProcessor.from_pretrained(source)
-        processor.image_processor = ImageTextSlotImageProcessor.from_pretrained(source, size=model.config.image_size)
+        if side := overrides.get("image_size"):
+            processor.image_processor = ImageTextSlotImageProcessor.from_pretrained(source, size=side)
     model.set_attn_implementation({"": model_args.attn_implementation})  # the encoder has no attention to choose
     if data_args.dataset is not None:
         training_args.train_sampling_strategy = "random"
@@ -421,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_OK
         set_seed(training_args.seed)  # the trainer does so again, but after the new model has drawn its weights
         trainer = recipe.build(model_args, data_args, training_args)
-    except (ValueError, FileNotFoundError) as error:  # settings, names, data: each message names the mend
+    except (ValueError, OSError, StrictDataclassError) as error:  # settings, names, data: each message names the mend
         print(f"regard train: {error}", file=sys.stderr)
         return EXIT_FAILED
     folder, is_first = Path(str(training_args.output_dir)), trainer.is_world_process_zero()

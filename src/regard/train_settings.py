@@ -41,7 +41,7 @@ class OverridingModelArguments(ModelArguments):
 
     config_overrides: dict | str | None = field(
         default=None,
-        metadata={"help": 'fields of the configuration that differ, as JSON, e.g. {"image_size": 28}'},
+        metadata={"help": 'fields of the configuration that differ, as JSON, e.g. {"image_size": 64}'},
     )
 
     def __post_init__(self):
@@ -53,7 +53,7 @@ class OverridingModelArguments(ModelArguments):
         self.config_overrides = self.config_overrides or {}
         known = {field.name for field in fields(self.config_class)}
         if not isinstance(self.config_overrides, dict):
-            raise SettingsError('config_overrides: write an object, such as {"image_size": 28}')
+            raise SettingsError('config_overrides: write an object, such as {"image_size": 64}')
         if unknown := sorted(set(self.config_overrides) - known):
             raise SettingsError(f"config_overrides: {self.config_class.__name__} has no field {unknown[0]}")
 
