@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from regard.configuration.configuration_image_text_slot import SECOND_LOOK
 from regard.data.rendered_text import FONTS_TABLE, SPLITS, TIERS
+from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,32 @@ def test_texts_are_put_in_reading_order(peers):
 
     boxes = [box(40, 1), box(0, 9), box(40, 8), box(5, 0), box(0, 18)]
     assert peers.in_reading_order(boxes, ["b", "c", "d", "a", "e"]) == "a b\nc d\ne"
+
+
+def test_weights_are_averaged_by_their_shares(root: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    average = importlib.import_module("average_weights")
+    other = ImageTextSlotModel.from_pretrained(tiny_checkpoint)
+    torch.nn.init.normal_(other.slots)
+    other.save_pretrained(tmp_path / "other")
+    for file in tiny_checkpoint.glob("*.json"):
+        if file.name != "config.json":
+            shutil.copy(file, tmp_path / "other")
+    models = [f"{tiny_checkpoint}=3", str(tmp_path / "other")]
+    assert average.main([*models, "--save", str(tmp_path / "mean")]) == 0
+    first, second, mean = (
+        load_file(f / "model.safetensors") for f in (tiny_checkpoint, *map(tmp_path.joinpath, ("other", "mean")))
+    )
+    assert mean["slots"].dtype == torch.float32
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, 0.75 * first[name].float() + 0.25 * second[name].float())
+    assert (tmp_path / "mean" / "processor_config.json").is_file()
+    assert average.main([*models, "image-text-slot-5m", "--save", str(tmp_path / "none")]) == 1
+    assert "image-text-slot-5m: its weights have other names or shapes" in capsys.readouterr().err
+    assert average.main([str(tmp_path / "nowhere"), "--save", str(tmp_path / "none")]) == 1
+    for wrong in ("a=0", "a=b", "a=-1"):
+        with pytest.raises(SystemExit):
+            average.main([wrong, "--save", str(tmp_path / "none")])
 
 
 def test_the_counter_is_calibrated_and_saved(root: Path, fonts: str, tiny_checkpoint: Path, tmp_path: Path):
