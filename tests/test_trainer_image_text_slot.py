@@ -1,7 +1,7 @@
 """SlotTrainer: what decays, what is logged, curricula, augmentation, resuming."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -184,8 +184,8 @@ def test_a_window_of_slots_trains(tmp_path, training_slots):
 def test_batches_are_cut_to_their_ink(tmp_path, crop_batches, crop_margin):
     encoder = {**PRESETS["tiny"]["encoder_config"], "crop_margin": crop_margin}
     trainer = make_trainer(tmp_path, crop_batches=crop_batches, model_changes={"encoder_config": encoder})
-    sizes = []
-    trainer.model.encoder.entries[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[2:]))
+    sizes, model = [], cast(Any, trainer.model)
+    model.encoder.entries[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[2:]))
     trainer.train()
     assert len(sizes) == 4
     for height, width in sizes:  # a short word in the upper left
