@@ -253,8 +253,9 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 None, None
             ]
         weights = None
-        for _ in range(slot.num_decoder_steps):
-            slots, weights = self.decoder(slots, memory_states, position_bias, neighbours, need_weights)
+        for step in range(slot.num_decoder_steps):
+            last = step == slot.num_decoder_steps - 1
+            slots, weights = self.decoder(slots, memory_states, position_bias, neighbours, need_weights and last)
         return self.classifier(self.slot_norm(slots)), weights
 
     def _gaze(
