@@ -8,6 +8,7 @@ validation split. Configuration and processor are those of the first; the weight
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def share(text: str) -> tuple[str, float]:
         value = float(number) if equals else 1.0
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=SHARE with a share above 0, such as runs/mine=0.5")
     return model or number, value
 

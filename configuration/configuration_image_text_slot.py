@@ -5,7 +5,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-SECOND_LOOK = ("rounding", "sureness", "repetitions", "void", "other_void", "larger", "bias")  # by what it chooses
+# What a second look weighs: see `second_look_features`, then a bias.
+SECOND_LOOK = ("rounding", "sureness", "repetitions", "void", "other_void", "larger", "bias")
 
 
 @strict

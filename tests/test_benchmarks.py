@@ -157,7 +157,7 @@ def test_weights_are_averaged_by_their_shares(root: Path, tiny_checkpoint: Path,
     assert average.main([*models, "image-text-slot-5m", "--save", str(tmp_path / "none")]) == 1
     assert "image-text-slot-5m: its weights have other names or shapes" in capsys.readouterr().err
     assert average.main([str(tmp_path / "nowhere"), "--save", str(tmp_path / "none")]) == 1
-    for wrong in ("a=0", "a=b", "a=-1"):
+    for wrong in ("a=0", "a=b", "a=-1", "a=nan", "a=inf"):
         with pytest.raises(SystemExit):
             average.main([wrong, "--save", str(tmp_path / "none")])
 
