@@ -6,9 +6,10 @@ The encoder is told where in the image the part stands, and its positions are th
 import torch
 from torch import nn
 
+SQUARE = 4  # ink is looked for in squares of so many pixels a side
 NOISE = 8.0  # ink differs from paper by more than so many times the median difference, which is noise,
 LEAST, MOST = 0.2, 1.0  # and by one that lies between these, in deviations of the image
-COLUMNS = 4  # widths are multiples of so many cells, so that more images of a batch have the same
+COLUMNS = 2  # widths are multiples of so many cells, so that more images of a batch have the same
 
 
 def find_ink(images: torch.Tensor, stride: tuple[int, int], margin: int) -> torch.Tensor:
@@ -20,25 +21,28 @@ def find_ink(images: torch.Tensor, stride: tuple[int, int], margin: int) -> torc
         stride: height and width of a cell.
         margin: pixels of paper to keep around the ink, at least.
     """
-    blurred = nn.functional.avg_pool2d(images.mean(1), 3, stride=1, padding=1, count_include_pad=False)
-    difference = (blurred - blurred.flatten(1).median(1).values[:, None, None]).abs()
-    noise = difference.flatten(1).median(1).values
-    ink = difference > (NOISE * noise).clamp(LEAST, MOST)[:, None, None]  # (batch, height, width)
-    top, bottom = _extent(ink.any(2), stride[0], margin)
-    left, right = _extent(ink.any(1), stride[1], margin)
-    columns = images.shape[3] // stride[1]
+    blurred = nn.functional.avg_pool2d(images.mean(1, keepdim=True), SQUARE, ceil_mode=True).squeeze(1)
+    difference = (blurred - _median(blurred)).abs()
+    ink = difference > (NOISE * _median(difference)).clamp(LEAST, MOST)  # (batch, rows, columns) of squares
+    rows, columns = images.shape[2] // stride[0], images.shape[3] // stride[1]
+    top, bottom = _extent(ink.any(2), stride[0], rows, margin)
+    left, right = _extent(ink.any(1), stride[1], columns, margin)
     width = ((right - left + COLUMNS - 1) // COLUMNS * COLUMNS).clamp(max=columns)
     left = torch.minimum(left, columns - width)
     return torch.stack((left, top, left + width, bottom), dim=1)
 
 
-def _extent(ink: torch.Tensor, stride: int, margin: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First cell with ink and the one behind the last, each `(batch,)`, of pixels `(batch, side)`."""
-    side = ink.shape[1]
+def _median(values: torch.Tensor) -> torch.Tensor:
+    """That of each image `(batch, rows, columns)`, `(batch, 1, 1)`."""
+    return values.flatten(1).median(1).values[:, None, None]
+
+
+def _extent(ink: torch.Tensor, stride: int, cells: int, margin: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First cell with ink and the one behind the last, each `(batch,)`, of squares `(batch, squares)`."""
     ink = ink | ~ink.any(1, keepdim=True)
-    first = ink.int().argmax(1)
-    behind = side - ink.flip(1).int().argmax(1)
-    return (first - margin).clamp(min=0) // stride, (behind + margin + stride - 1).clamp(max=side) // stride
+    first = ink.int().argmax(1) * SQUARE
+    behind = (ink.shape[1] - ink.flip(1).int().argmax(1)) * SQUARE
+    return (first - margin).clamp(min=0) // stride, ((behind + margin + stride - 1) // stride).clamp(max=cells)
 
 
 def group_by_size(parts: torch.Tensor) -> list[torch.Tensor]:

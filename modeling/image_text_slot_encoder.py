@@ -36,8 +36,8 @@ class ConvBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         branch = self.norm(self.conv(hidden_states).permute(0, 2, 3, 1))  # (batch, height, width, channels)
-        branch = self.down_proj(self.activation(self.up_proj(branch))) * self.layer_scale
-        return hidden_states + self.drop_path(branch.permute(0, 3, 1, 2))
+        branch = self.drop_path(self.down_proj(self.activation(self.up_proj(branch))))
+        return torch.addcmul(hidden_states, branch.permute(0, 3, 1, 2), self.layer_scale[:, None, None])
 
 
 class ContextLayer(GradientCheckpointingLayer):

@@ -22,7 +22,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_image_text_slot import SECOND_LOOK, ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.image_text_slot_counter import CellCounter, CellCounts
+from regard.modeling.image_text_slot_blocks import NOWHERE, near_cells, number_of_blocks, with_neighbours
+from regard.modeling.image_text_slot_counter import CellCounter, CellCounts, Gaze
 from regard.modeling.image_text_slot_crop import common_size, find_ink, group_by_size, uncut, within
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder, normalize_contrast
 from regard.modeling.image_text_slot_second_look import (
@@ -108,6 +109,7 @@ class SlotDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ImageTextSlotConfig):
         super().__init__()
         slot = config.slot_config
+        self.mixing_radius = slot.mixing_radius
         self.cross_norm = nn.LayerNorm(slot.hidden_size, eps=config.layer_norm_eps)
         self.cross_attention = Attention(config, slot.hidden_size, slot.num_attention_heads)
         self.mixing = Attention(config, slot.hidden_size, slot.num_attention_heads) if slot.mixing_radius else None
@@ -122,13 +124,23 @@ class SlotDecoderLayer(GradientCheckpointingLayer):
         position_bias: torch.Tensor | None,
         neighbours: torch.Tensor | None,
         need_weights: bool = False,
+        blocks: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The slots `(batch, slots, hidden_size)` and the weights of their look. `neighbours`, a mask `(batch, 1, kept,
+        slots)`, says how many slots to go on with: the first ones."""
         looked, weights = self.cross_attention(
             self.cross_norm(slots), memory, attention_mask=position_bias, need_weights=need_weights
         )
         slots = slots + looked
-        if self.mixing is not None:
-            slots = slots + self.mixing(self.mixing_norm(slots), attention_mask=neighbours)[0]
+        if self.mixing is not None and self.mixing_norm is not None and neighbours is not None:
+            kept = neighbours.shape[2]
+            normed = self.mixing_norm(slots)
+            keys, values = (
+                with_neighbours(states.transpose(1, 2), blocks, self.mixing_radius).transpose(1, 2)
+                for states in self.mixing.project_memory(normed, normed)
+            )
+            mixed, _ = self.mixing(normed[:, :kept], (keys, values), attention_mask=neighbours)
+            slots = slots[:, :kept] + mixed
         return slots + self.mlp(self.mlp_norm(slots)), weights
 
 
@@ -226,18 +238,25 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
     def _decode(
         self,
         memory_states: tuple[torch.Tensor, torch.Tensor],
-        window: range | slice,
+        index: torch.Tensor,
         gaze: tuple[torch.Tensor, ...] | None,
         need_weights: bool = False,
+        blocks: int = 1,
+        needed: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `(batch, slots, vocab_size)` of the slots in `window` and the weights of their last look.
+        """Logits `(batch, slots, vocab_size)` of some slots and the weights of their last look.
 
-        `gaze` says where the slots are to look: see `Gaze`, whose first three parts are used.
+        Args:
+            memory_states: keys and values, `(batch, heads, memory, head_dim)`.
+            index: of the slots, `(batch, slots)`, or `(1, slots)` of all images alike; neighbours stand side by side.
+            gaze: where the slots are to look: see `Gaze`, whose first three parts are used.
+            need_weights: return the weights; else None.
+            blocks: so many rows of the batch, one after another, are blocks of one image's slots.
+            needed: of so many slots, the first ones, the logits are wanted; the others are only felt. None: of all.
         """
         slot = self.config.slot_config
         keys = memory_states[0]
-        index = torch.arange(window.start, window.stop, device=keys.device)
-        slots = self.slots[window.start : window.stop]
+        slots = nn.functional.embedding(index, self.slots)
         if slot.slot_positions:
             slots = slots + sinusoidal_positions(index, slot.hidden_size).to(slots.dtype)
         slots = slots.expand(keys.shape[0], -1, -1)
@@ -248,25 +267,34 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             position_bias = position_bias[:, None]  # (batch, 1, slots, memory): the same for all heads
         neighbours = None
         if slot.mixing_radius:
-            far = (index[:, None] - index[None, :]).abs() > slot.mixing_radius
-            neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(keys.dtype).min)[
-                None, None
-            ]
+            beside = with_neighbours(index, blocks, slot.mixing_radius, NOWHERE)
+            far = (index[:, :, None] - beside[:, None]).abs() > slot.mixing_radius
+            neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(keys.dtype).min)
+            neighbours = neighbours[:, None]  # (batch, 1, slots, slots)
         weights = None
-        for step in range(slot.num_decoder_steps):
-            last = step == slot.num_decoder_steps - 1
-            slots, weights = self.decoder(slots, memory_states, position_bias, neighbours, need_weights and last)
+        for steps_left in reversed(range(slot.num_decoder_steps)):
+            there = slots.shape[1]
+            kept = there if needed is None else min(there, needed + steps_left * slot.mixing_radius)
+            slots, weights = self.decoder(
+                slots,
+                memory_states,
+                None if position_bias is None else position_bias[:, :, :there],
+                None if neighbours is None else neighbours[:, :, :kept, : None if blocks > 1 else there],
+                need_weights and not steps_left,
+                blocks,
+            )
         return self.classifier(self.slot_norm(slots)), weights
 
     def _gaze(
         self, coordinates: torch.Tensor, occupancy: torch.Tensor, count: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bias of each slot's attention `(batch, slots, memory)` and what the slot is told of its distance to the
-        place it is sent to, `(batch, slots, 6)`. The memory is the cells, then the start, then the end of the text."""
+        place it is sent to, `(batch, slots, 6)`. The memory is the cells, then the start, then the end of the text.
+        `index` is that of the slots, `(batch, slots)` or `(1, slots)`."""
         start = torch.zeros_like(count)
         coordinates = torch.cat((coordinates, start, count - 1), dim=1)[:, None]  # (batch, 1, memory)
         occupancy = torch.cat((occupancy, start + 1, start + 1), dim=1)[:, None]
-        offset = index[None, :, None] - coordinates  # (batch, slots, memory)
+        offset = index[..., None] - coordinates  # (batch, slots, memory)
         outside = (offset.abs() - ((occupancy - 1) / 2).clamp(min=0)).clamp(min=0)
         sharpness = self.config.slot_config.position_sharpness
         bias = occupancy.clamp(OCCUPANCY_FLOOR, 1.0).log() - sharpness * outside.square()
@@ -323,7 +351,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
                 gaze = self.counter.gaze(cells.logits.sigmoid(), cells.line_offset)
         window = self._window(labels)
         need_weights = targets is not None and self.config.look_loss_weight > 0
-        logits, weights = self._decode(self._memory_states(memory, grid), window, gaze, need_weights)
+        index = torch.arange(window.start, window.stop, device=memory.device)[None]
+        logits, weights = self._decode(self._memory_states(memory, grid), index, gaze, need_weights)
         losses: dict[str, Any] = {}
         if labels is not None:
             looked = weights if need_weights else None
@@ -598,32 +627,110 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         numbers = cells.logits.sigmoid(), cells.line_offset
         limit += MOST_DOUBTS if twice else 0  # so many may be dropped before
 
-        def look(change: torch.Tensor | None = None) -> Look:
-            gaze = self.counter.gaze(*numbers, change)
-            seen = self._look(memory_states, grid, gaze.count, gaze, limit)
-            return Look(gaze.count, gaze.numbers, gaze.doubts, *seen)
-
-        first = look()
+        gaze = self.counter.gaze(*numbers)
+        first = Look(gaze.count, gaze.numbers, gaze.doubts, *self._look(memory_states, grid, gaze.count, gaze, limit))
         if not twice or not (change := second_thoughts(first.doubts)).any():
             return first, None
-        return first, look(change)
+        gaze = self.counter.gaze(*numbers, change)
+        seen = self._look_again(memory_states, grid, first.numbers, gaze, limit)
+        return first, Look(gaze.count, gaze.numbers, gaze.doubts, *seen)
+
+    def _needed_slots(self, count: torch.Tensor, limit: int) -> int:
+        """How many slots are to be computed for numbers of tokens `(batch, 1)`; a symbol when exported."""
+        slots = count.round().long().clamp(2, limit).max() + 2 + self.config.slot_config.reach
+        return slots.clamp(max=self.config.num_slots).item()
 
     def _look(
         self,
         memory_states: tuple[torch.Tensor, torch.Tensor],
         grid: MemoryGrid,
         count: torch.Tensor,
-        gaze: tuple[torch.Tensor, ...] | None,
+        gaze: Gaze | None,
         limit: int,
     ) -> tuple[torch.Tensor, ...]:
         """What the slots that are needed for a number of tokens `(batch, 1)` see: the last four parts of `Look`."""
-        num_slots = count.round().long().clamp(2, limit).max() + 2 + self.config.slot_config.reach
-        num_slots = num_slots.clamp(max=self.config.num_slots).item()  # a symbol when exported
-        logits, weights = self._decode(memory_states, slice(0, num_slots), gaze, need_weights=True)
+        num_slots, blocks = self._needed_slots(count, limit), 1
+        if gaze is not None and not torch.compiler.is_exporting():
+            blocks = number_of_blocks(num_slots, self.config.slot_config.mixing_radius, self.config.num_slots)
+        if gaze is None or blocks == 1:
+            index = torch.arange(num_slots, device=count.device)[None]
+            cells = torch.arange(grid.rows * grid.columns, device=count.device)[None]
+            short = not torch.compiler.is_exporting() and num_slots < self.config.num_slots
+            needed = num_slots - self.config.slot_config.reach if short else None
+            return self._see(memory_states, index, gaze, cells, grid, needed=needed)
+        size = -(-num_slots // blocks)
+        image = torch.arange(count.shape[0], device=count.device).repeat_interleave(blocks)
+        start = (torch.arange(blocks, device=count.device) * size).repeat(count.shape[0])
+        memory_states, near_gaze, cells, grid = self._windows(memory_states, grid, gaze, image, start, size)
+        index = start[:, None] + torch.arange(size, device=count.device)
+        seen = self._see(memory_states, index, near_gaze, cells, grid, blocks)
+        return tuple(part.unflatten(0, (-1, blocks)).flatten(1, 2) for part in seen)
+
+    def _look_again(
+        self,
+        memory_states: tuple[torch.Tensor, torch.Tensor],
+        grid: MemoryGrid,
+        numbers: torch.Tensor,
+        gaze: Gaze,
+        limit: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `_look`, but only what is seen of the groups of characters whose numbers are no longer these, `(batch,
+        groups)`, and of one character on either side of each, need be right: windows of slots around them are computed,
+        where that is less."""
+        image, group = (gaze.numbers != numbers).nonzero(as_tuple=True)
+        size = gaze.numbers[image, group]
+        last = gaze.numbers.cumsum(1)[image, group].long() + 1  # the one behind the group
+        first = last - size.long() - 1
+        reach, num_slots = self.config.slot_config.reach, self._needed_slots(gaze.count, limit)
+        length = int(size.max()) + 2 + 2 * reach if size.numel() else 0
+        if size.numel() * length >= gaze.count.shape[0] * num_slots or length > num_slots:
+            return self._look(memory_states, grid, gaze.count, gaze, limit)
+        start = (first - reach).clamp(0, num_slots - length)
+        index = start[:, None] + torch.arange(length, device=start.device)
+        memory_states, near_gaze, cells, near_grid = self._windows(memory_states, grid, gaze, image, start, length)
+        seen = self._see(memory_states, index, near_gaze, cells, near_grid)
+        row, column = ((index >= first[:, None]) & (index <= last[:, None])).nonzero(as_tuple=True)
+        place = image[row], index[row, column]
+        return tuple(
+            part.new_ones(gaze.count.shape[0], num_slots, *part.shape[2:]).index_put(place, part[row, column])
+            for part in seen
+        )
+
+    def _windows(
+        self,
+        memory_states: tuple[torch.Tensor, torch.Tensor],
+        grid: MemoryGrid,
+        gaze: Gaze,
+        image: torch.Tensor,
+        start: torch.Tensor,
+        size: int,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...], torch.Tensor, MemoryGrid]:
+        """What windows of slots are given, each of `size` from `start` on, `(windows,)`, in that `image`, `(windows,)`:
+        memory and gaze at the cells near these slots, which cells these are `(windows, near)`, and the grid."""
+        coordinates, held, count = (part[image] for part in gaze[:3])
+        near = near_cells(coordinates, held, start, size, self.config.slot_config.position_sharpness)
+        boundaries = near.new_tensor([0, 1]) + coordinates.shape[1]
+        memory = torch.cat((near, boundaries.expand(near.shape[0], -1)), 1)
+        keys, values = (states.transpose(1, 2)[image[:, None], memory].transpose(1, 2) for states in memory_states)
+        grid = grid._replace(part=None if grid.part is None else grid.part[image])
+        return (keys, values), (coordinates.gather(1, near), held.gather(1, near), count), near, grid
+
+    def _see(
+        self,
+        memory_states: tuple[torch.Tensor, torch.Tensor],
+        index: torch.Tensor,
+        gaze: tuple[torch.Tensor, ...] | None,
+        cells: torch.Tensor,
+        grid: MemoryGrid,
+        blocks: int = 1,
+        needed: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The last four parts of `Look`, of slots that are given these `cells`, `(batch, cells)`; see `_decode`."""
+        logits, weights = self._decode(memory_states, index, gaze, True, blocks, needed)
         probabilities = logits.float().softmax(-1)
         scores, tokens = probabilities.max(-1)
         assert weights is not None
-        boxes = self._regions(weights.float().mean(1), grid.rows, grid.columns)
+        boxes = self._regions(weights[:, :, :needed].float().mean(1), cells, grid.rows, grid.columns)
         boxes = boxes if grid.part is None else uncut(boxes, grid.part)
         return tokens, scores, boxes, probabilities[..., self.config.pad_token_id]
 
@@ -638,12 +745,12 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         return self.read(pixel_values, max_slots=max_slots).sequences
 
     @staticmethod
-    def _regions(weights: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def _regions(weights: torch.Tensor, cells: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Boxes `(batch, slots, 4)` around what each slot looked at, from weights `(batch, slots, memory)`: the mean
-        of the cells' centres and their spread, at least one cell."""
-        cells = torch.arange(rows * columns, device=weights.device)
+        of the centres of its `cells` `(batch, cells)`, which the memory begins with, and their spread, at least one
+        cell."""
         centre = torch.stack(((cells % columns + 0.5) / columns, (cells // columns + 0.5) / rows), dim=-1)
-        weights = weights[..., : rows * columns]
+        weights = weights[..., : cells.shape[1]]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
         mean = weights @ centre  # (batch, slots, 2)
         variance = weights @ centre.square() - mean.square()

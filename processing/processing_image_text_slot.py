@@ -151,12 +151,15 @@ def _read_characters(ids: np.ndarray, scores: np.ndarray, boxes: np.ndarray, siz
     byte_scores = scores[is_byte].astype(np.float64)
     height, width = size
     boxes = (boxes[is_byte] * max(height, width)).clip(0, [width, height, width, height])
-    characters, start = [], 0
-    for character, length in _split_characters(data):
-        part = slice(start, start + length)
-        box = [*boxes[part, :2].min(axis=0).tolist(), *boxes[part, 2:].max(axis=0).tolist()]
-        characters.append({"character": character, "score": float(byte_scores[part].prod()), "box": box})
-        start += length
+    names, lengths = zip(*_split_characters(data), strict=True) if data else ((), ())
+    starts = np.cumsum([0, *lengths])[:-1]  # the first byte of each character
+    if len(starts):
+        corners = np.minimum.reduceat(boxes[:, :2], starts), np.maximum.reduceat(boxes[:, 2:], starts)
+        boxes, byte_scores = np.concatenate(corners, axis=1), np.multiply.reduceat(byte_scores, starts)
+    characters = [
+        {"character": character, "score": score, "box": box}
+        for character, score, box in zip(names, byte_scores.tolist(), boxes.tolist(), strict=True)
+    ]
     if characters and characters[-1]["character"] == "\n":
         characters.pop()
     each = [character["score"] for character in characters] or scores[-1:].tolist()

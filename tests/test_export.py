@@ -207,6 +207,7 @@ def test_exactly_the_needed_files_are_written(exported, checkpoints):
         "read": {
             "configuration_image_text_slot.py",
             "image_processing_image_text_slot.py",
+            "image_text_slot_blocks.py",
             "image_text_slot_counter.py",
             "image_text_slot_crop.py",
             "image_text_slot_encoder.py",

@@ -179,10 +179,12 @@ def test_slots_past_the_text_change_nothing():
     occupancy = torch.rand(2, memory.shape[1])
     gaze = (occupancy.cumsum(1) + 0.5, occupancy, occupancy.sum(1, keepdim=True) + 2)
     states = model._memory_states(memory, grid)
-    few, _ = model._decode(states, range(10 + radius * steps), gaze)
-    many, _ = model._decode(states, range(64), gaze)
+    few, _ = model._decode(states, torch.arange(10 + radius * steps)[None], gaze)
+    many, _ = model._decode(states, torch.arange(64)[None], gaze)
     torch.testing.assert_close(few[:, :10], many[:, :10])
-    part, _ = model._decode(states, range(20, 50), gaze)  # a window: neighbours beyond its edges are missed
+    part, _ = model._decode(
+        states, torch.arange(20, 50)[None], gaze
+    )  # a window: neighbours beyond its edges are missed
     edge = radius * steps
     torch.testing.assert_close(part[:, edge:-edge], many[:, 20 + edge : 50 - edge])
 

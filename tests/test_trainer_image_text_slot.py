@@ -179,7 +179,7 @@ def test_a_window_of_slots_trains(tmp_path, training_slots):
     assert outputs.logits.shape[1] == (training_slots or len("a word") + 2 + margin)
 
 
-@pytest.mark.parametrize("crop_margin", [8, None])
+@pytest.mark.parametrize("crop_margin", [6, None])
 @pytest.mark.parametrize("crop_batches", [0.0, 1.0])
 def test_batches_are_cut_to_their_ink(tmp_path, crop_batches, crop_margin):
     encoder = {**PRESETS["tiny"]["encoder_config"], "crop_margin": crop_margin}
@@ -189,7 +189,7 @@ def test_batches_are_cut_to_their_ink(tmp_path, crop_batches, crop_margin):
     trainer.train()
     assert len(sizes) == 4
     for height, width in sizes:  # a short word in the upper left
-        assert height == (48 if crop_batches and crop_margin else 128)
+        assert height < 64 if crop_batches and crop_margin else height == 128
         assert width < 128 if crop_batches and crop_margin else width == 128
     sizes.clear()
     trainer.evaluate()
