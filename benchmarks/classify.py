@@ -1,23 +1,26 @@
 """QAViT beside other small classifiers from scratch at equal processor time, and with its parts taken away one by one.
 
     python benchmarks/classify.py peers [--seconds 300]      # `make bench-classify` installs timm first
-    python benchmarks/classify.py ablations [--steps 300] [--seeds 3]
+    python benchmarks/classify.py ablations [--steps 300] [--seeds 3] [--jobs 2]
 
 Fashion-MNIST: all learn from the same training split by the same recipe (AdamW, cosine, flips and shifts of 2 pixels,
 label smoothing) on one thread, and are measured on the validation split that is held out of it; the test set is not
-touched. `peers` gives each the same processor time, in turns, evaluation not counted; `ablations` the same steps.
+touched. `peers` gives each the same processor time, in turns, evaluation not counted; `ablations` the same steps, and
+when stopped goes on where it was.
 Prints a Markdown table, and writes benchmarks/results/classify_{peers,ablations}.json and docs/classify.png.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import shlex
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +44,7 @@ RESULTS = Path(__file__).with_name("results")
 TIMM = Path(sys.prefix) / "timm"  # where `make bench-classify` installs it
 SIDE, CLASSES, SHIFT = 28, 10, 2 / 28
 LEARNING_RATE, WEIGHT_DECAY, SMOOTHING, WARM_UP = 1e-3, 0.05, 0.1, 0.05
+SHARED: dict[str, "Data"] = {}  # the images, in a process that runs ablations
 SLICE_SECONDS, MEASUREMENTS, EVAL_BATCH = 5.0, 8, 250
 
 # Each of the design's changes undone, and each branch off.
@@ -217,21 +221,51 @@ def compare_peers(options: argparse.Namespace, train: Data, validation: Data) ->
 
 
 def compare_ablations(options: argparse.Namespace, train: Data, validation: Data) -> dict[str, Any]:
-    """Train each for the same steps, with several seeds; seeds are the outer loop, so that a stopped run says much."""
-    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in ABLATIONS}
-    chosen = [name for name in ABLATIONS if not options.only or any(word in name for word in options.only)]
-    with tqdm(total=options.seeds * len(chosen), unit="run") as bar:
-        for seed in range(options.seed, options.seed + options.seeds):
-            for name in chosen:
-                bar.set_postfix_str(name, refresh=False)
-                torch.manual_seed(seed)
-                model = QAViTLogits("tiny-32", **ABLATIONS[name])
-                run = Run(model, SIDE, options.steps, True, seed, options.batch_size)
-                run.train(train, 1.0)
-                run.measure(validation)
-                reports[name].append(run.report())
-                bar.update()
-    return {name: summarise(reports[name]) for name in chosen}
+    """Train each for the same steps, with several seeds, some at once; seeds are the outer loop, so that a stopped call
+    says much. Each run is written down when it ends; those that a stopped call has left are not run again."""
+    names = [name for name in ABLATIONS if not options.only or any(word in name for word in options.only)]
+    settings = {"steps": options.steps, "batch_size": options.batch_size, "validation_images": len(validation.labels)}
+    settings |= {"dataset": options.dataset, "processor": processor_name()}
+    file = options.output / "classify_ablations.json"
+    runs = unfinished_runs(file, settings)
+    seeds = range(options.seed, options.seed + options.seeds)
+    todo = [(name, seed) for seed in seeds for name in names if f"{name}, seed {seed}" not in runs]
+    context = multiprocessing.get_context("fork")  # so that all have the images without copying them
+    shared = {"train": train, "validation": validation}
+    with (
+        ProcessPoolExecutor(options.jobs, context, initializer=SHARED.update, initargs=(shared,)) as pool,
+        tqdm(total=options.seeds * len(names), initial=options.seeds * len(names) - len(todo), unit="run") as bar,
+    ):
+        futures = {pool.submit(run_ablation, *run, options): run for run in todo}
+        for future in as_completed(futures):
+            name, seed = futures[future]
+            runs[f"{name}, seed {seed}"] = future.result()
+            write_json(file, {"finished": False, "settings": settings, "runs": runs})
+            bar.update()
+    return {name: summarise([runs[f"{name}, seed {seed}"] for seed in seeds]) for name in names}
+
+
+def unfinished_runs(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The runs that a stopped call with these settings has left in its file."""
+    if not file.is_file():
+        return {}
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return report["runs"] if report.get("settings") == settings and not report["finished"] else {}
+
+
+def write_json(file: Path, report: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def run_ablation(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one ablation, in a process that has the images."""
+    torch.manual_seed(seed)
+    model = QAViTLogits("tiny-32", **ABLATIONS[name])
+    run = Run(model, SIDE, options.steps, True, seed, options.batch_size)
+    run.train(SHARED["train"], 1.0)
+    run.measure(SHARED["validation"])
+    return run.report()
 
 
 def summarise(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -305,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="steps of each ablation (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each ablation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="ablations at once, a thread each (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--validation-images", type=int, help="measure on so many (default: all 5,000)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only models whose name has one of these words")
@@ -325,12 +360,12 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "processor": processor_name(),
+        "finished": True,
         "train_images": len(train.labels),
         "validation_images": len(validation.labels),
         "results": results,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"classify_{options.what}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(options.output / f"classify_{options.what}.json", report)
     print({"peers": format_peers, "ablations": format_ablations}[options.what](results))
     if options.what == "peers":
         with plotted(options.plot) as axes:

@@ -1,7 +1,7 @@
 """Reading text from images: regard beside tesseract and rapidocr, on the same images, in one run, on one thread.
 
     make bench-read
-    python benchmarks/read.py [--model PATH] [--as-described PATH] [--tiers line,noisy] [--images 1000] [--skip-peers]
+    python benchmarks/read.py [--model PATH] [--beside NAME=PATH ...] [--tiers line,noisy] [--images 1000] [--skip-peers]
 
 Prints Markdown tables, and writes all figures with versions, machine, date and seed to benchmarks/results/read.json.
 README.md in this folder says what is compared, and how.
@@ -233,7 +233,9 @@ def format_cost(report: Mapping[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare readers of text in images.")
     parser.add_argument("--model", help="folder, bundled name or Hub repository (default: the bundled checkpoint)")
-    parser.add_argument("--as-described", metavar="PATH", help="checkpoint of the preset as_described, for a row more")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="NAME=PATH", help="other checkpoints, each for a row more"
+    )
     parser.add_argument("--tiers", default=",".join(TIERS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1000, metavar="N", help="of each tier (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
@@ -260,8 +262,9 @@ def main() -> int:
         models = {name: Regard(options.model)}
         if any(there for what, there in torch.cpu.get_capabilities().items() if what in BFLOAT16):
             models[f"{name}, bfloat16"] = Regard(options.model, torch.bfloat16)
-        if options.as_described:
-            models["as_described"] = Regard(options.as_described)
+        for other in options.beside:
+            label, _, path = other.rpartition("=")
+            models[label or Path(path).name] = Regard(path)
         data = {tier: RenderedTextDataset("test", tier, size=options.images, seed=options.seed) for tier in tiers}
     except (CheckpointError, FileNotFoundError) as error:
         complain(error)

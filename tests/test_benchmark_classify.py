@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,32 @@ def test_ablations_name_what_they_take_away(benchmark, folder, tmp_path, monkeyp
     micro = {"embed_dim": 64, "depth": 1, "num_channel_groups": 4}
     monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "static": micro | {"fusion": "static"}})
     arguments = ["ablations", "--dataset", str(folder), "--steps", "2", "--seeds", "2", "--batch-size", "4"]
-    assert benchmark.main([*arguments, "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "classify_ablations.json").read_text())["results"]
-    assert {name: len(row["accuracies"]) for name, row in results.items()} == {"tiny-32": 2, "static": 2}
-    assert results["static"]["parameters"] < results["tiny-32"]["parameters"]
-    assert "| static |" in capsys.readouterr().out
+    results = []
+    for jobs in "12":
+        assert benchmark.main([*arguments, "--jobs", jobs, "--output", str(tmp_path / jobs)]) == 0
+        results.append(json.loads((tmp_path / jobs / "classify_ablations.json").read_text())["results"])
+        assert {name: len(row["accuracies"]) for name, row in results[-1].items()} == {"tiny-32": 2, "static": 2}
+        assert results[-1]["static"]["parameters"] < results[-1]["tiny-32"]["parameters"]
+        assert "| static |" in capsys.readouterr().out
+    one, two = ([row["accuracies"] for row in result.values()] for result in results)
+    assert one == two
+
+
+def test_ablations_go_on_where_they_were_stopped(benchmark, folder, tmp_path, monkeypatch):
+    arguments = ["ablations", "--dataset", str(folder), "--steps", "1", "--seeds", "2", "--batch-size", "4"]
+    arguments += ["--output", str(tmp_path)]
+    micro = {"embed_dim": 64, "depth": 1, "num_channel_groups": 4}
+    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "broken": {"embed_dim": 63}})
+    with pytest.raises(BrokenProcessPool):
+        benchmark.main(arguments)
+    file = tmp_path / "classify_ablations.json"
+    report = json.loads(file.read_text())
+    assert not report["finished"]
+    report["runs"]["tiny-32, seed 0"]["accuracy"] = 0.123  # seen again if it is not run again
+    file.write_text(json.dumps(report))
+    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "broken": micro})
+    for again, kept in ((arguments, True), (arguments, False)):  # when finished it starts anew
+        assert benchmark.main(again) == 0
+        report = json.loads(file.read_text())
+        assert report["finished"]
+        assert (report["results"]["tiny-32"]["accuracies"][0] == 0.123) == kept

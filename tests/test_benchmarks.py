@@ -61,7 +61,7 @@ def peers():
 
 def test_reading_is_measured_in_every_tier(run, tiny_checkpoint: Path):
     done, report = run(
-        "read.py", "--model", tiny_checkpoint, "--as-described", tiny_checkpoint, "--skip-peers",
+        "read.py", "--model", tiny_checkpoint, "--beside", f"as_described={tiny_checkpoint}", "--skip-peers",
         "--images", 2, "--timed-images", 2, "--rounds", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
