@@ -1,7 +1,7 @@
 """Reading text from images: regard beside tesseract and rapidocr, on the same images, in one run, on one thread.
 
     make bench-read
-    python benchmarks/read.py [--model PATH] [--beside NAME=PATH ...] [--tiers line,noisy] [--images 1000] [--skip-peers]
+    python benchmarks/read.py [--model PATH] [--beside NAME=PATH ...] [--tiers line,noisy] [--images 1000]
 
 Prints Markdown tables, and writes all figures with versions, machine, date and seed to benchmarks/results/read.json.
 README.md in this folder says what is compared, and how.

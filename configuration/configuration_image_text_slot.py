@@ -53,7 +53,7 @@ class ImageTextSlotEncoderConfig(PreTrainedConfig):
     layer_scale_init_value: float = 1.0
     drop_path_rate: float | int = 0.0
     normalize_contrast: bool = True
-    crop_margin: int | None = 6
+    crop_margin: int | None = 8
     memory_stage: int = 2
     num_context_layers: int = 2
     num_attention_heads: int = 4

@@ -8,7 +8,7 @@ from torch import nn
 
 SQUARE = 4  # ink is looked for in squares of so many pixels a side
 NOISE = 8.0  # ink differs from paper by more than so many times the median difference, which is noise,
-LEAST, MOST = 0.2, 1.0  # and by one that lies between these, in deviations of the image
+LEAST, MOST = 0.2, 0.55  # and by one that lies between these, in deviations of the image: small type looks like noise
 COLUMNS = 2  # widths are multiples of so many cells, so that more images of a batch have the same
 
 

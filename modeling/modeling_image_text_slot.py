@@ -682,8 +682,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         last = gaze.numbers.cumsum(1)[image, group].long() + 1  # the one behind the group
         first = last - size.long() - 1
         reach, num_slots = self.config.slot_config.reach, self._needed_slots(gaze.count, limit)
-        length = int(size.max()) + 2 + 2 * reach if size.numel() else 0
-        if size.numel() * length >= gaze.count.shape[0] * num_slots or length > num_slots:
+        length = int(size.amax()) + 2 + 2 * reach if size.numel() else num_slots + 1
+        if length > num_slots or size.numel() * length >= gaze.count.shape[0] * num_slots:
             return self._look(memory_states, grid, gaze.count, gaze, limit)
         start = (first - reach).clamp(0, num_slots - length)
         index = start[:, None] + torch.arange(length, device=start.device)
