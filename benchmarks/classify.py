@@ -225,7 +225,8 @@ def compare_ablations(options: argparse.Namespace, train: Data, validation: Data
     says much. Each run is written down when it ends; those that a stopped call has left are not run again."""
     names = [name for name in ABLATIONS if not options.only or any(word in name for word in options.only)]
     settings = {"steps": options.steps, "batch_size": options.batch_size, "validation_images": len(validation.labels)}
-    settings |= {"dataset": options.dataset, "processor": processor_name()}
+    settings |= {"dataset": options.dataset, "ablations": ABLATIONS}
+    settings |= {"torch": torch.__version__, "processor": processor_name()}
     file = options.output / "classify_ablations.json"
     runs = unfinished_runs(file, settings)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -237,11 +238,15 @@ def compare_ablations(options: argparse.Namespace, train: Data, validation: Data
         tqdm(total=options.seeds * len(names), initial=options.seeds * len(names) - len(todo), unit="run") as bar,
     ):
         futures = {pool.submit(run_ablation, *run, options): run for run in todo}
-        for future in as_completed(futures):
-            name, seed = futures[future]
-            runs[f"{name}, seed {seed}"] = future.result()
-            write_json(file, {"finished": False, "settings": settings, "runs": runs})
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                name, seed = futures[future]
+                runs[f"{name}, seed {seed}"] = future.result()
+                write_json(file, {"finished": False, "settings": settings, "runs": runs})
+                bar.update()
+        except BaseException:  # an interruption too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return {name: summarise([runs[f"{name}, seed {seed}"] for seed in seeds]) for name in names}
 
 
@@ -255,13 +260,18 @@ def unfinished_runs(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(file: Path, report: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    whole = file.with_suffix(".new")  # a stop while it is written leaves the old one
+    whole.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    whole.replace(file)
 
 
 def run_ablation(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one ablation, in a process that has the images."""
     torch.manual_seed(seed)
-    model = QAViTLogits("tiny-32", **ABLATIONS[name])
+    try:
+        model = QAViTLogits("tiny-32", **ABLATIONS[name])
+    except Exception as error:  # not all of them can be sent to another process
+        raise ValueError(f"{name}: {error}") from None
     run = Run(model, SIDE, options.steps, True, seed, options.batch_size)
     run.train(SHARED["train"], 1.0)
     run.measure(SHARED["validation"])

@@ -8,7 +8,9 @@ README.md in this folder says what is compared, and how.
 """
 
 import argparse
+import gc
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -126,14 +128,16 @@ def time_systems(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """CPU milliseconds an image from image to text, as tier -> system -> batch size: medians of interleaved rounds.
 
-    The first round warms up and is not counted. What starting tesseract's process costs is taken off.
+    The first round warms up and is not counted, nor are two images at the start of each turn, when the caches are full
+    of what another reader left. What starting tesseract's process costs is taken off.
     """
     seconds: dict[tuple[str, str, int], list[float]] = defaultdict(list)
 
-    def measure(key: tuple[str, str, int], read: Callable[[], object], count: int, start_up: float = 0.0):
+    def measure(read: Callable[[Sequence[Image.Image]], object], timed: Sequence[Image.Image]) -> float:
+        read(timed[:2])
         start = cpu_seconds()
-        read()
-        seconds[key].append((cpu_seconds() - start - start_up) / count)
+        read(timed)
+        return cpu_seconds() - start
 
     with progress_bar((rounds + 1) * len(data), unit="timing") as bar:
         for _ in range(rounds + 1):
@@ -141,10 +145,12 @@ def time_systems(
                 timed = [sample["pixel_values"] for sample in samples[:images]]
                 for batch_size in BATCH_SIZES:
                     for name, model in models.items():
-                        measure((tier, name, batch_size), partial(model.read, timed, batch_size), len(timed))
+                        spent = measure(partial(model.read, batch_size=batch_size), timed)
+                        seconds[tier, name, batch_size].append(spent / len(timed))
                 for name, peer in peers.items():
                     start_up = peer.start_up_seconds()
-                    measure((tier, name, 1), partial(peer.read, timed, tier), len(timed), start_up)
+                    spent = measure(partial(peer.read, tier=tier), timed)
+                    seconds[tier, name, 1].append((spent - start_up) / len(timed))
                 bar.update()
     results: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for (tier, name, batch_size), values in seconds.items():
@@ -257,14 +263,18 @@ def main() -> int:
     if min(options.images, options.timed_images, options.rounds) < 1:
         parser.error("--images, --timed-images and --rounds: give 1 or more")
     quiet_transformers()
+    # In one process, the kernels that oneDNN compiles for one model would drive out those of another.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:
         name = Path(resolve(options.model)).name
         models = {name: Regard(options.model)}
         if any(there for what, there in torch.cpu.get_capabilities().items() if what in BFLOAT16):
             models[f"{name}, bfloat16"] = Regard(options.model, torch.bfloat16)
         for other in options.beside:
-            label, _, path = other.rpartition("=")
-            models[label or Path(path).name] = Regard(path)
+            label, given, path = other.partition("=")
+            if label in models:
+                parser.error(f"--beside {other}: there is another {label}; give it another name")
+            models[label] = Regard(path if given else label)
         data = {tier: RenderedTextDataset("test", tier, size=options.images, seed=options.seed) for tier in tiers}
     except (CheckpointError, FileNotFoundError) as error:
         complain(error)
@@ -290,6 +300,8 @@ def main() -> int:
                     bar.update(len(readings) - start)
                 results[tier][name] = score(readings, samples[tier])
 
+    gc.collect()
+    gc.freeze()  # what the reading above left is not to be searched for garbage again and again while others are timed
     times = time_systems(models, peers, samples, options.timed_images, options.rounds)
     for tier, systems in results.items():
         for name, figures in systems.items():

@@ -9,6 +9,7 @@ import torch
 
 BLOCK = 32  # slots of a block, at least; with fewer, those beside it weigh more
 INVISIBLE = 64.0  # a bias of attention that much below the best leaves nothing of what is seen
+MOST_NEAR = 2 / 3  # where some block is near a larger share of the cells, blocks cost more than they save
 NOWHERE = -(10**6)  # the index of a slot beside the first block or the last
 
 
@@ -48,4 +49,4 @@ def with_neighbours(values: torch.Tensor, blocks: int, radius: int, beyond: floa
     return torch.cat((before, values, behind), 2).flatten(0, 1)
 
 
-__all__ = ["NOWHERE", "near_cells", "number_of_blocks", "with_neighbours"]
+__all__ = ["MOST_NEAR", "NOWHERE", "near_cells", "number_of_blocks", "with_neighbours"]

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from regard.configuration.configuration_image_text_slot import SECOND_LOOK, ImageTextSlotConfig
 from regard.modeling.attention import Attention
-from regard.modeling.image_text_slot_blocks import NOWHERE, near_cells, number_of_blocks, with_neighbours
+from regard.modeling.image_text_slot_blocks import MOST_NEAR, NOWHERE, near_cells, number_of_blocks, with_neighbours
 from regard.modeling.image_text_slot_counter import CellCounter, CellCounts, Gaze
 from regard.modeling.image_text_slot_crop import common_size, find_ink, group_by_size, uncut, within
 from regard.modeling.image_text_slot_encoder import ConvBlock, ImageTextSlotEncoder, normalize_contrast
@@ -252,7 +252,8 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             gaze: where the slots are to look: see `Gaze`, whose first three parts are used.
             need_weights: return the weights; else None.
             blocks: so many rows of the batch, one after another, are blocks of one image's slots.
-            needed: of so many slots, the first ones, the logits are wanted; the others are only felt. None: of all.
+            needed: of so many slots, the first ones, the logits are wanted; the others are only felt. None, as it must
+                be with several blocks: of all.
         """
         slot = self.config.slot_config
         keys = memory_states[0]
@@ -270,7 +271,7 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
             beside = with_neighbours(index, blocks, slot.mixing_radius, NOWHERE)
             far = (index[:, :, None] - beside[:, None]).abs() > slot.mixing_radius
             neighbours = torch.zeros(far.shape, device=far.device).masked_fill(far, torch.finfo(keys.dtype).min)
-            neighbours = neighbours[:, None]  # (batch, 1, slots, slots)
+            neighbours = neighbours[:, None]  # (batch, 1, slots, slots and those beside the block)
         weights = None
         for steps_left in reversed(range(slot.num_decoder_steps)):
             there = slots.shape[1]
@@ -635,10 +636,10 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         seen = self._look_again(memory_states, grid, first.numbers, gaze, limit)
         return first, Look(gaze.count, gaze.numbers, gaze.doubts, *seen)
 
-    def _needed_slots(self, count: torch.Tensor, limit: int) -> int:
-        """How many slots are to be computed for numbers of tokens `(batch, 1)`; a symbol when exported."""
-        slots = count.round().long().clamp(2, limit).max() + 2 + self.config.slot_config.reach
-        return slots.clamp(max=self.config.num_slots).item()
+    def _needed_slots(self, count: torch.Tensor, limit: int, beyond: int = 0) -> int:
+        """How many slots are wanted for numbers of tokens `(batch, 1)`, and so many beyond; a symbol when exported."""
+        slots = count.round().long().clamp(2, limit).max() + 2 + beyond
+        return slots.clamp(max=self.config.num_slots).item()  # pyright: ignore[reportReturnType]
 
     def _look(
         self,
@@ -649,22 +650,24 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         limit: int,
     ) -> tuple[torch.Tensor, ...]:
         """What the slots that are needed for a number of tokens `(batch, 1)` see: the last four parts of `Look`."""
-        num_slots, blocks = self._needed_slots(count, limit), 1
-        if gaze is not None and not torch.compiler.is_exporting():
-            blocks = number_of_blocks(num_slots, self.config.slot_config.mixing_radius, self.config.num_slots)
-        if gaze is None or blocks == 1:
-            index = torch.arange(num_slots, device=count.device)[None]
-            cells = torch.arange(grid.rows * grid.columns, device=count.device)[None]
-            short = not torch.compiler.is_exporting() and num_slots < self.config.num_slots
-            needed = num_slots - self.config.slot_config.reach if short else None
-            return self._see(memory_states, index, gaze, cells, grid, needed=needed)
-        size = -(-num_slots // blocks)
-        image = torch.arange(count.shape[0], device=count.device).repeat_interleave(blocks)
-        start = (torch.arange(blocks, device=count.device) * size).repeat(count.shape[0])
-        memory_states, near_gaze, cells, grid = self._windows(memory_states, grid, gaze, image, start, size)
-        index = start[:, None] + torch.arange(size, device=count.device)
-        seen = self._see(memory_states, index, near_gaze, cells, grid, blocks)
-        return tuple(part.unflatten(0, (-1, blocks)).flatten(1, 2) for part in seen)
+        slot = self.config.slot_config
+        num_slots = self._needed_slots(count, limit, slot.reach)  # so far those are felt that are not wanted
+        cells = torch.arange(grid.rows * grid.columns, device=count.device)[None]
+        exported = torch.compiler.is_compiling()
+        needed = None if exported else self._needed_slots(count, limit)
+        blocks = 1 if exported else number_of_blocks(num_slots, slot.mixing_radius, self.config.num_slots)
+        if gaze is not None and blocks > 1:
+            size = -(-num_slots // blocks)
+            image = torch.arange(count.shape[0], device=count.device).repeat_interleave(blocks)
+            start = (torch.arange(blocks, device=count.device) * size).repeat(count.shape[0])
+            near = self._near_cells(gaze, image, start, size)
+            if near.shape[1] <= MOST_NEAR * cells.shape[1]:
+                memory_states, near_gaze, grid = self._windows(memory_states, grid, gaze, image, near)
+                index = start[:, None] + torch.arange(size, device=count.device)
+                seen = self._see(memory_states, index, near_gaze, near, grid, blocks)
+                return tuple(part.unflatten(0, (-1, blocks)).flatten(1, 2)[:, :needed] for part in seen)
+        index = torch.arange(num_slots, device=count.device)[None]
+        return self._see(memory_states, index, gaze, cells, grid, needed=needed)
 
     def _look_again(
         self,
@@ -678,23 +681,34 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         groups)`, and of one character on either side of each, need be right: windows of slots around them are computed,
         where that is less."""
         image, group = (gaze.numbers != numbers).nonzero(as_tuple=True)
-        size = gaze.numbers[image, group]
+        if not image.numel():
+            return self._look(memory_states, grid, gaze.count, gaze, limit)
+        size = gaze.numbers[image, group].long()
         last = gaze.numbers.cumsum(1)[image, group].long() + 1  # the one behind the group
-        first = last - size.long() - 1
-        reach, num_slots = self.config.slot_config.reach, self._needed_slots(gaze.count, limit)
-        length = int(size.amax()) + 2 + 2 * reach if size.numel() else num_slots + 1
+        first = last - size - 1
+        reach, needed = self.config.slot_config.reach, self._needed_slots(gaze.count, limit)
+        num_slots = self._needed_slots(gaze.count, limit, reach)
+        length = int(size.amax()) + 2 + 2 * reach
         if length > num_slots or size.numel() * length >= gaze.count.shape[0] * num_slots:
             return self._look(memory_states, grid, gaze.count, gaze, limit)
         start = (first - reach).clamp(0, num_slots - length)
+        near = self._near_cells(gaze, image, start, length)
+        memory_states, near_gaze, near_grid = self._windows(memory_states, grid, gaze, image, near)
         index = start[:, None] + torch.arange(length, device=start.device)
-        memory_states, near_gaze, cells, near_grid = self._windows(memory_states, grid, gaze, image, start, length)
-        seen = self._see(memory_states, index, near_gaze, cells, near_grid)
-        row, column = ((index >= first[:, None]) & (index <= last[:, None])).nonzero(as_tuple=True)
+        seen = self._see(memory_states, index, near_gaze, near, near_grid)
+        right = (index >= first[:, None]) & (index <= last[:, None]) & (index < needed)
+        row, column = right.nonzero(as_tuple=True)
         place = image[row], index[row, column]
         return tuple(
-            part.new_ones(gaze.count.shape[0], num_slots, *part.shape[2:]).index_put(place, part[row, column])
+            part.new_ones(gaze.count.shape[0], needed, *part.shape[2:]).index_put(place, part[row, column])
             for part in seen
         )
+
+    def _near_cells(self, gaze: Gaze, image: torch.Tensor, start: torch.Tensor, size: int) -> torch.Tensor:
+        """Of windows of `size` slots from `start` on, `(windows,)`, in that `image`, `(windows,)`, the cells near
+        them, `(windows, near)`."""
+        sharpness = self.config.slot_config.position_sharpness
+        return near_cells(gaze.coordinates[image], gaze.held[image], start, size, sharpness)
 
     def _windows(
         self,
@@ -702,18 +716,16 @@ class ImageTextSlotModel(ImageTextSlotPreTrainedModel):
         grid: MemoryGrid,
         gaze: Gaze,
         image: torch.Tensor,
-        start: torch.Tensor,
-        size: int,
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...], torch.Tensor, MemoryGrid]:
-        """What windows of slots are given, each of `size` from `start` on, `(windows,)`, in that `image`, `(windows,)`:
-        memory and gaze at the cells near these slots, which cells these are `(windows, near)`, and the grid."""
-        coordinates, held, count = (part[image] for part in gaze[:3])
-        near = near_cells(coordinates, held, start, size, self.config.slot_config.position_sharpness)
-        boundaries = near.new_tensor([0, 1]) + coordinates.shape[1]
+        near: torch.Tensor,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...], MemoryGrid]:
+        """What windows of slots in that `image`, `(windows,)`, are given: memory and gaze at the cells `near` them,
+        `(windows, near)`, and the grid."""
+        boundaries = near.new_tensor([0, 1]) + gaze.coordinates.shape[1]
         memory = torch.cat((near, boundaries.expand(near.shape[0], -1)), 1)
         keys, values = (states.transpose(1, 2)[image[:, None], memory].transpose(1, 2) for states in memory_states)
         grid = grid._replace(part=None if grid.part is None else grid.part[image])
-        return (keys, values), (coordinates.gather(1, near), held.gather(1, near), count), near, grid
+        coordinates, held = (part[image[:, None], near] for part in gaze[:2])
+        return (keys, values), (coordinates, held, gaze.count[image]), grid
 
     def _see(
         self,

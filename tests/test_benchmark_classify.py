@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -120,18 +119,33 @@ def test_ablations_name_what_they_take_away(benchmark, folder, tmp_path, monkeyp
 def test_ablations_go_on_where_they_were_stopped(benchmark, folder, tmp_path, monkeypatch):
     arguments = ["ablations", "--dataset", str(folder), "--steps", "1", "--seeds", "2", "--batch-size", "4"]
     arguments += ["--output", str(tmp_path)]
-    micro = {"embed_dim": 64, "depth": 1, "num_channel_groups": 4}
-    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "broken": {"embed_dim": 63}})
-    with pytest.raises(BrokenProcessPool):
-        benchmark.main(arguments)
     file = tmp_path / "classify_ablations.json"
-    report = json.loads(file.read_text())
-    assert not report["finished"]
-    report["runs"]["tiny-32, seed 0"]["accuracy"] = 0.123  # seen again if it is not run again
-    file.write_text(json.dumps(report))
-    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "broken": micro})
-    for again, kept in ((arguments, True), (arguments, False)):  # when finished it starts anew
-        assert benchmark.main(again) == 0
+    micro = {"embed_dim": 64, "depth": 1, "num_channel_groups": 4}
+    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro, "static": micro | {"fusion": "static"}})
+
+    def run() -> float:
+        assert benchmark.main(arguments) == 0
         report = json.loads(file.read_text())
         assert report["finished"]
-        assert (report["results"]["tiny-32"]["accuracies"][0] == 0.123) == kept
+        return report["results"]["tiny-32"]["accuracies"][0]
+
+    whole = benchmark.QAViTLogits
+
+    def build(*names, **fields):
+        if "fusion" in fields:
+            raise RuntimeError("it broke")
+        return whole(*names, **fields)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(benchmark, "QAViTLogits", build)
+        with pytest.raises(ValueError, match="static: it broke"):
+            benchmark.main(arguments)
+    stopped = json.loads(file.read_text())
+    assert not stopped["finished"]
+    stopped["runs"]["tiny-32, seed 0"]["accuracy"] = 0.123  # shows whether it is run again
+    file.write_text(json.dumps(stopped))
+    assert run() == 0.123
+    assert run() != 0.123  # when finished it starts anew
+    file.write_text(json.dumps(stopped))
+    monkeypatch.setattr(benchmark, "ABLATIONS", {"tiny-32": micro | {"depth": 2}})  # other settings, other runs
+    assert run() != 0.123

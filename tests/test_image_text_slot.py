@@ -182,9 +182,7 @@ def test_slots_past_the_text_change_nothing():
     few, _ = model._decode(states, torch.arange(10 + radius * steps)[None], gaze)
     many, _ = model._decode(states, torch.arange(64)[None], gaze)
     torch.testing.assert_close(few[:, :10], many[:, :10])
-    part, _ = model._decode(
-        states, torch.arange(20, 50)[None], gaze
-    )  # a window: neighbours beyond its edges are missed
+    part, _ = model._decode(states, torch.arange(20, 50)[None], gaze)  # a window: it misses those beyond its edges
     edge = radius * steps
     torch.testing.assert_close(part[:, edge:-edge], many[:, 20 + edge : 50 - edge])
 

@@ -116,3 +116,22 @@ def test_a_second_look_at_windows_sees_what_one_at_everything_sees(monkeypatch, 
         part = slice(last - int(second.numbers[image, group]), last + 2)  # and a character on either side
         for ours, theirs in zip(seen, everything, strict=True):
             torch.testing.assert_close(ours[image, part], theirs[image, part], rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lines", [16, 4])
+def test_where_a_block_sees_most_cells_there_are_no_blocks(monkeypatch, lines):
+    model = verbose()
+    memory, grid = model.encode(pixels(2))
+    numbers = torch.zeros(2, grid.rows, 2 * grid.columns)  # 16 rows of 64 frames
+    numbers[:, :lines, :: lines // 4 + 1] = 0.9  # the paper below the last line counts to it
+    gaze = model.counter.gaze(numbers, torch.zeros(2, grid.rows * grid.columns))
+    assert gaze.count.min() > 64
+    seen, see = [], model._see
+    monkeypatch.setattr(model, "_see", lambda *inputs, **options: seen.append(inputs[1]) or see(*inputs, **options))
+    states = model._memory_states(memory, grid)
+    look = model._look(states, grid, gaze.count, gaze, SLOTS)
+    assert (len(seen[0]) > 1) == (lines == 16)
+    monkeypatch.setattr(modeling_image_text_slot, "number_of_blocks", lambda *_: 1)
+    for ours, theirs in zip(look, model._look(states, grid, gaze.count, gaze, SLOTS), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
