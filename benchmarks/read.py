@@ -8,7 +8,6 @@ README.md in this folder says what is compared, and how.
 """
 
 import argparse
-import gc
 import json
 import os
 import shlex
@@ -300,8 +299,6 @@ def main() -> int:
                     bar.update(len(readings) - start)
                 results[tier][name] = score(readings, samples[tier])
 
-    gc.collect()
-    gc.freeze()  # what the reading above left is not to be searched for garbage again and again while others are timed
     times = time_systems(models, peers, samples, options.timed_images, options.rounds)
     for tier, systems in results.items():
         for name, figures in systems.items():
