@@ -164,3 +164,4 @@ if __name__ == "__main__":
         resume(*sys.argv[2:])
     else:
         main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # or gloo's threads may be torn down at exit while they still talk
