@@ -69,7 +69,6 @@ class QAViTLogits(nn.Module):
         fields = {"image_size": SIDE, "patch_size": 4, "num_labels": CLASSES, **overrides}
         config = QAViTConfig.from_preset(preset, **fields)
         self.model = QAViTForImageClassification(config)
-        self.model.set_attn_implementation("eager")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images).logits
