@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -316,7 +318,9 @@ def test_a_closed_pipe_ends_quietly(tiny_checkpoint, folder):
 def test_interruption_ends_quietly(tiny_checkpoint, folder):
     command = [sys.executable, "-m", "regard_cli", "read", *[str(folder)] * 500, "--json", "--batch-size", "1"]
     command += ["--model", str(tiny_checkpoint)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that a script runs in the background ignore interruptions, and so would what they start.
+    options: dict[str, Any] = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
