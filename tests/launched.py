@@ -25,6 +25,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 from torch.distributed.tensor import DTensor
 
+from regard.processes import end_process_group
 from regard.train_counting import add_adapters
 
 Rows = list[dict[str, Any]]
@@ -164,4 +165,4 @@ if __name__ == "__main__":
         resume(*sys.argv[2:])
     else:
         main(*sys.argv[1:])
-    PartialState().destroy_process_group()  # or gloo's threads may be torn down at exit while they still talk
+    end_process_group()

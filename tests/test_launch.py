@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,9 +55,9 @@ def pair(root, tmp_path_factory) -> Path:
     return launch(root, folder, [str(folder), "2", *KINDS], *launcher, "--nproc_per_node", "2")
 
 
-def launch_sharded(root: Path, folder: Path, arguments: list[str]) -> Path:
+def launch_sharded(root: Path, folder: Path, arguments: list[str], precision: str = "no") -> Path:
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(root / "trainers/accelerate/fsdp2.yaml"))
-    launcher += ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
+    launcher += ("--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0")
     return launch(root, folder, arguments, *launcher, ACCELERATE_USE_CPU="true")
 
 
@@ -156,6 +157,15 @@ def test_sharded_weights_learn_as_whole_ones(alone, sharded, name):
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
+def test_sharded_weights_learn_in_bfloat16(alone, root, tmp_path):
+    """Outputs come in bfloat16, too, also in a process whose images have no boxes."""
+    launch_sharded(root, tmp_path, [str(tmp_path), "2", "query_conditioned_vqa"], "bf16")
+    first, expected = (log(folder, "query_conditioned_vqa")[0] for folder in (tmp_path, alone))
+    assert {"loss_answer", "loss_relevance"} <= expected.keys()
+    assert first == pytest.approx(expected, rel=0.05)
+    assert len(of_processes(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("name", RESUMED_KINDS)
 def test_a_resumed_training_of_sharded_weights_ends_as_one_in_one_go(sharded, resumed, name):
     file = "adapter_model.safetensors" if name == "adapters" else "model.safetensors"
@@ -184,6 +194,30 @@ def test_sharded_trainings_write_no_pickle(sharded, resumed):
             load_file(path)
         else:
             path.read_text(encoding="utf-8")
+
+
+def test_processes_end_while_a_message_is_being_let_go_of(tmp_path):
+    """Without the pause in `end_process_group` nearly each of these runs is aborted."""
+    script = """
+        import sys, time, torch, torch.distributed as dist
+        from accelerate import PartialState
+        from regard.processes import end_process_group
+
+        PartialState(cpu=True).wait_for_everyone()
+        group = dist.group.WORLD  # sharded models hold on to it, too
+        sys.setswitchinterval(100)  # seconds for which no other thread gets the interpreter
+        dist.all_gather([torch.zeros(2) for _ in range(2)], torch.ones(2), async_op=True)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+        end_process_group()
+        assert not dist.is_initialized()
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *launcher, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class Launched:

@@ -181,8 +181,9 @@ class RegardTrainer(CheckpointTrainer):
         if (numbers := outputs.get("num_items")) is None:
             rows = torch.tensor(find_batch_size(inputs), dtype=torch.float32, device=loss.device)
             numbers, losses = {"loss": rows}, {"loss": loss}
-        else:
-            losses = {name: outputs[name] for name in numbers}
+        else:  # in single precision: sharded weights in bfloat16 give outputs in bfloat16, too
+            losses = {name: outputs[name].float() for name in numbers}
+            numbers = {name: number.float() for name, number in numbers.items()}
         sums = {name: torch.stack((value.detach() * numbers[name], numbers[name])) for name, value in losses.items()}
         if model.training:
             for name, value in sums.items():

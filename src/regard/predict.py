@@ -35,6 +35,7 @@ from regard import __version__
 from regard.cli import Worker, complain, progress_bar, quiet_transformers
 from regard.data.image_rows import ImageRows, RowsError
 from regard.hub import explain, find_verb, resolve
+from regard.processes import end_process_group
 from regard.processing.image_io import ImageReadError
 from regard_cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PARTIAL
 
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
             complain(f"interrupted; {options.output} keeps its finished parts, and the same command goes on from there")
         return EXIT_INTERRUPTED
     finally:
-        state.destroy_process_group()
+        end_process_group()
 
 
 def _run(options: argparse.Namespace, state: PartialState) -> int:

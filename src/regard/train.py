@@ -42,6 +42,7 @@ from regard.metrics.visual_question_answering.visual_question_answering import n
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTForImageClassification
 from regard.modeling.modeling_query_conditioned_vqa import QueryConditionedVQAModel
+from regard.processes import end_process_group
 from regard.processing.image_processing_image_text_slot import ImageTextSlotImageProcessor
 from regard.processing.image_processing_qavit import QAViTImageProcessor
 from regard.processing.processing_image_text_slot import ImageTextSlotProcessor
@@ -447,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_json(folder / END_NAME, {"global_step": trainer.state.global_step})  # last: the rest is there
     with suppress(RuntimeError):  # a process that goes may cut off those still in a barrier: let it be this one
         trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or a process that is still talking to the others may be torn down at exit
+    end_process_group()
     return EXIT_OK
 
 
