@@ -190,6 +190,21 @@ def test_training_on_own_images_ends_in_a_model_that_loads_and_resumes(write, ba
     assert (tmp_path / "further/model.safetensors").is_file()
 
 
+def test_a_start_that_cannot_be_used_is_named(write, base, images, tmp_path, capsys):
+    settings = base | {"dataset": str(images), "max_steps": 1, "eval_strategy": "no"}
+    assert main([write(settings)]) == 0
+    weights = tmp_path / "run/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for start, message in (
+        (tmp_path / "run", "run: damaged weights"),
+        ("qavit-tiny-fashion-mnist", "is a qavit model; go on from a image_text_slot one"),
+        ("nobody/nothing", "nobody/nothing: cannot be loaded"),
+        (tmp_path / "nothing", "no such folder"),
+    ):
+        assert main([write(settings | {"init_from": str(start), "output_dir": str(tmp_path / "further")})]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_another_image_size_is_one_of_model_and_processor(write, base, images, tmp_path, capsys):
     settings = base | {"dataset": str(images), "max_steps": 1, "eval_strategy": "no"}
     assert main([write(settings | {"config_overrides": {"image_size": 64, "pad_slots": 2}})]) == 0

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -37,7 +38,6 @@ from regard.data.rendered_text import TIERS, RenderedTextDataset
 from regard.data.scenes import ANSWERS, SceneDataset
 from regard.data.text_images import load_text_images
 from regard.data.visual_questions import answer_vocabulary, load_visual_questions
-from regard.hub import resolve
 from regard.metrics.visual_question_answering.visual_question_answering import normalize_answer
 from regard.modeling.modeling_image_text_slot import ImageTextSlotModel
 from regard.modeling.modeling_qavit import QAViTForImageClassification
@@ -189,12 +189,11 @@ def build_image_text_slot(
 ) -> RegardTrainer:
     """Model, data sets and trainer of ImageTextSlot."""
     overrides = cast(dict[str, Any], model_args.config_overrides)
-    if model_args.init_from is None:
+    if (source := model_args.find_start()) is None:
         model = ImageTextSlotModel(ImageTextSlotConfig.from_preset(model_args.preset, **overrides))
         image_processor = ImageTextSlotImageProcessor(size=model.config.image_size)
         processor = ImageTextSlotProcessor(image_processor, build_byte_tokenizer(model.config.num_slots))
     else:
-        source = resolve(model_args.init_from)
         ImageTextSlotConfig.from_pretrained(source, **overrides).validate()
         try:
             model = ImageTextSlotModel.from_pretrained(source, dtype="float32", use_safetensors=True, **overrides)
@@ -247,13 +246,12 @@ def build_qavit(
         )
     overrides = cast(dict[str, Any], model_args.config_overrides)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    if model_args.init_from is None:
+    if (source := model_args.find_start()) is None:
         config = QAViTConfig.from_preset(model_args.preset, **overrides, **labels)
         model = QAViTForImageClassification(config)
         mean, std = channel_statistics(train)
         processor = QAViTImageProcessor(size=config.image_size, image_mean=mean, image_std=std)
     else:
-        source = resolve(model_args.init_from)
         model = QAViTForImageClassification.from_pretrained(
             source, dtype="float32", use_safetensors=True, ignore_mismatched_sizes=True, **overrides, **labels
         )
@@ -273,7 +271,7 @@ def build_query_conditioned_vqa(
     if data_args.dataset is None:
         raise SettingsError("dataset: name what to learn from, e.g. `dataset: easy-vqa`")
     overrides = cast(dict[str, Any], model_args.config_overrides)
-    source = None if model_args.init_from is None else resolve(model_args.init_from)
+    source = model_args.find_start()
     train: Any
     evaluation: Any
     if data_args.dataset == "scenes":
@@ -432,6 +430,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = recipe.build(model_args, data_args, training_args)
     except (ValueError, OSError, StrictDataclassError) as error:  # settings, names, data: each message names the mend
         print(f"regard train: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except SafetensorError as error:
+        start = model_args.init_from or "the pretrained backbone"
+        print(f"regard train: {start}: damaged weights ({error}); copy or download them again", file=sys.stderr)
         return EXIT_FAILED
     folder, is_first = Path(str(training_args.output_dir)), trainer.is_world_process_zero()
     if is_first:

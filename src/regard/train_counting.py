@@ -174,8 +174,7 @@ def make_model(
             bnb_4bit_compute_dtype=options["dtype"],
         )
         options["device_map"] = {"": training_args.device}
-    if model_args.init_from is not None:
-        source = resolve(model_args.init_from)
+    if (source := model_args.find_start()) is not None:
         if find_adapter_config_file(source) is not None:
             raise SettingsError(f"init_from: {source} holds adapters; resume their training, or merge them first")
         model = SequentialAttentionCountingModel.from_pretrained(source, use_safetensors=True, **options, **overrides)

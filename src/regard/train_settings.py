@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+
+from regard.hub import explain, resolve
 
 SETTINGS_NAME = "training_settings.json"  # in the folder of a training
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -31,6 +33,22 @@ class ModelArguments:
         default="sdpa",
         metadata={"help": "how attention is computed: sdpa, or eager, which is faster in training on a CPU"},
     )
+
+    def find_start(self) -> str | None:
+        """Folder or Hub repository of the model to go on from; None for a new one.
+
+        Raises:
+            CheckpointError: there is none, or its configuration cannot be loaded.
+            SettingsError: it is of another kind.
+        """
+        if self.init_from is None:
+            return None
+        source = resolve(self.init_from)
+        with explain(self.init_from, source):
+            kind = AutoConfig.from_pretrained(source).model_type
+        if kind != self.model:
+            raise SettingsError(f"init_from: {self.init_from} is a {kind} model; go on from a {self.model} one")
+        return source
 
 
 @dataclass
